@@ -1,0 +1,71 @@
+"""The one line that long work rewrites on stderr.
+
+    with Progress("collect", total=1_000_000, unit="tokens") as progress:
+        progress.advance(4096, "write wait 0.1 %")
+
+On a terminal the line is rewritten at most ten times a second; elsewhere a line is printed every 30 seconds and one at
+the end. `Progress.quiet = True` silences all of them (tests, libraries).
+"""
+
+import shutil
+import sys
+import time
+
+WIDTH = 24
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `1 h 01 min`."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+class Progress:
+    quiet = False
+
+    def __init__(self, name: str, total: int, unit: str, *, rate: bool = True):
+        self.name, self.total, self.unit, self.rate = name, total, unit, rate
+        self.done, self.note = 0, ""
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, *_):
+        if not self.quiet:
+            self._show(final=True, failed=kind is not None)
+
+    def advance(self, n: int, note: str = ""):
+        self.done += n
+        self.note = note or self.note
+        now = time.monotonic()
+        if not self.quiet and now - self.shown >= (0.1 if self.terminal else 30.0):
+            self.shown = now
+            self._show()
+
+    def _show(self, final: bool = False, failed: bool = False):
+        seconds = time.monotonic() - self.start
+        share = min(1.0, self.done / self.total) if self.total else 1.0
+        filled = round(share * WIDTH)
+        parts = [f"{self.name:<9}{'█' * filled}{'░' * (WIDTH - filled)} {self.done:,} of {self.total:,} {self.unit}"]
+        if self.note:
+            parts.append(self.note)
+        if self.rate and seconds > 0:
+            parts.append(f"{self.done / seconds:,.0f} {self.unit}/s")
+        if failed:
+            parts.append(f"stopped after {duration(seconds)}")
+        elif final:
+            parts.append(f"in {duration(seconds)}")
+        elif 0 < share < 1:
+            parts.append(f"{duration(seconds / share * (1 - share))} left")
+        line = " · ".join(parts)
+        if not self.terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        columns = shutil.get_terminal_size((100, 24)).columns
+        print(f"\r\x1b[2K{line[: columns - 1]}", end="\n" if final else "", file=sys.stderr, flush=True)

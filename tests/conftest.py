@@ -1,0 +1,86 @@
+"""Fixtures shared by all tests: quiet progress, no network, a tiny language model in Hugging Face format."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+TINY_TEXT = [
+    "def add(a, b):\n    return a + b\n",
+    "class Dog:\n    def bark(self):\n        print('woof')\n",
+    "import os\n\nfor name in os.listdir('.'):\n    print(name)\n",
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet_progress(monkeypatch):
+    from saekit.progress import Progress
+
+    monkeypatch.setattr(Progress, "quiet", True)
+
+
+def make_tiny_model(folder: Path, *, layers: int = 2, width: int = 64, seed: int = 0, **config) -> Path:
+    """A random Llama with a byte-level tokenizer of 300 ids (BOS 0, EOS 1), weights scaled up so that it has opinions."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        TINY_TEXT * 20,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|bos|>", "<|eos|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "vocab_size": 300,
+                "hidden_size": width,
+                "intermediate_size": 2 * width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 128,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "tie_word_embeddings": True,
+                **config,
+            }
+        )
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(4.0)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a random Llama: 2 layers, width 64, 4 heads, context 128, 300 ids."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A .jsonl file of 400 short Python-like documents, about 60,000 bytes."""
+    path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
+    lines = []
+    for i in range(400):
+        body = "".join(TINY_TEXT[(i + j) % 3].replace("name", f"name{i % 17}").replace("Dog", f"Dog{j}") for j in range(3))
+        lines.append(json.dumps({"text": body}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
