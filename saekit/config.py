@@ -63,14 +63,6 @@ class RunOptions:
     """Tokens per step."""
     split: Literal["train", "all"] = "train"
     """`all` reads the held-out rows too, and the provenance says so."""
-    lr: float | None = None
-    """Learning rate; None = 2e-4·√(2¹⁴/F)·min(8, max(1, √(32,000/steps)))."""
-    normalise: Literal["unit", "none"] = "unit"
-    """Input scale: `unit` makes the variance of a row 1; it is folded into the saved weights."""
-    b_dec: Literal["mean", "zero"] = "mean"
-    """Start of the decoder's bias."""
-    clip: float | None = None
-    """Global gradient norm; None = no clipping."""
     seed: int = 0
     """Initialisation and order of the rows each draw from (seed, purpose)."""
     ram: str = "4GiB"

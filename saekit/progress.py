@@ -33,6 +33,12 @@ class Progress:
         self.start = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
+    @classmethod
+    def say(cls, line: str):
+        """One line on stderr that stays, such as the device chosen and why."""
+        if not cls.quiet:
+            print(line, file=sys.stderr, flush=True)
+
     def __enter__(self) -> "Progress":
         return self
 

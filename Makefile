@@ -1,0 +1,63 @@
+# Two commands do everything on a fresh machine:  make demo  ·  make test
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test test-long test-foreign test-interpreter lint fix docs bench bench-gpu study clean
+
+demo: .venv/installed
+	$(BIN)/saekit demo --out demo
+
+test: .venv/tested
+	@tests/chromium.sh
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not long"
+	@$(MAKE) --no-print-directory test-interpreter
+
+# kernels in Triton's interpreter need a process of their own: the flag is read once, at import
+test-interpreter: .venv/tested
+	@if compgen -G "tests/interpreter/test_*.py" >/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter; \
+	else echo "test-interpreter: there are no Triton kernels yet"; fi
+
+test-long: .venv/tested
+	@tests/chromium.sh
+	$(BIN)/python -m pytest -m long
+
+# each requirements file there is an environment of its own, with another project's packages
+test-foreign: .venv/tested
+	@if compgen -G "tests/foreign/*.txt" >/dev/null; then $(BIN)/python -m pytest tests/foreign; \
+	else echo "test-foreign: no foreign formats are read or written yet"; fi
+
+lint: .venv/tested
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+fix: .venv/tested
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: .venv/tested
+	$(BIN)/python docs/rewrite.py
+
+bench: .venv/tested
+	$(BIN)/python kernels/benchmarks/bench.py $(if $(OP),--op $(OP))
+	$(BIN)/python tests/benchmarks/demo.py
+
+bench-gpu: .venv/tested
+	$(BIN)/python kernels/benchmarks/bench.py --device cuda $(if $(OP),--op $(OP))
+
+study: .venv/installed
+	$(BIN)/python docs/study/demo_sweep.py
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "no python3 found; saekit needs Python 3.11 or later"; exit 1; }
+	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed; on Debian:  apt-get install python3-venv"; exit 1; }
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv demo test-artifacts dist

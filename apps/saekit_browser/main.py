@@ -1,0 +1,54 @@
+"""Navigation of the browser: which pages there are, which SAE is looked at. `saekit browse` runs this file with Streamlit."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from saekit.errors import SaekitError
+from saekit_browser import state
+
+HERE = Path(__file__).parent
+MARK = (HERE / "mark.svg").read_text(encoding="utf-8")
+
+st.set_page_config(page_title="saekit", page_icon=MARK, layout="wide")
+st.logo(MARK, size="medium")
+st.html(HERE / "style.css")
+
+page = st.navigation(
+    [
+        st.Page(state.OVERVIEW, title="Overview", icon=":material/dashboard:", default=True),
+        st.Page(state.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),
+        st.Page(state.FEATURE, title="Feature", icon=":material/lens_blur:", url_path="feature"),
+        st.Page(state.PROMPT, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
+    ],
+    position="top",
+)
+
+
+def choose_sae():
+    """The selector, where there is something to select; a name in the URL that is not there is said."""
+    known = state.folders()
+    names = [f.name for f in known]
+    asked = st.query_params.get("sae")
+    if asked is not None and asked not in names:
+        st.warning(state.literal(f"no SAE named {asked} here; shown is {state.first_good(known).name}"))
+    if len(known) > 1:
+        broken = {f.name for f in known if f.problem}
+        st.selectbox(
+            "SAE",
+            names,
+            index=names.index(state.first_good(known).name),
+            key="sae",
+            bind="query-params",
+            format_func=lambda name: f"{name} — cannot be shown" if name in broken else name,
+            label_visibility="collapsed",
+            width=320,
+        )
+
+
+try:
+    choose_sae()
+except SaekitError as error:
+    st.error(state.literal(str(error)))
+    st.stop()
+page.run()

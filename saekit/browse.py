@@ -1,0 +1,55 @@
+"""Starts the browser: the line that runs Streamlit on the app, and nothing of the app itself."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from saekit.errors import SaekitError
+
+
+def find_saes(path: Path) -> list[Path]:
+    """SAE folders at `path`: itself, or its direct sub-folders. SaekitError if there is none."""
+    if not path.is_dir():
+        raise SaekitError(f"no such folder: {path}")
+    if (path / "config.json").is_file():
+        return [path]
+    found = sorted(p.parent for p in path.glob("*/config.json"))
+    if not found:
+        raise SaekitError(f"{path} holds no SAE folder; train one with  saekit train topk ACTS --out {path}/topk")
+    return found
+
+
+def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
+    """The Streamlit command line: bound to one address, no questions, no statistics, nothing watched."""
+    spec = importlib.util.find_spec("saekit_browser")
+    if spec is None or not spec.submodule_search_locations:
+        raise SaekitError("the package saekit_browser is not installed; install saekit again")
+    main = Path(list(spec.submodule_search_locations)[0]) / "main.py"
+    options = {
+        "server.address": host,
+        "server.port": port,
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "viewer",
+    }
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    rest = [str(path.resolve()), *([] if model else ["--no-model"])]
+    return [sys.executable, "-m", "streamlit", "run", str(main), *flags, "--", *rest]
+
+
+def serve(path: Path, *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
+    """Serves the SAEs at `path` until Ctrl-C. Raises SaekitError before any server starts if there is nothing to show."""
+    if not any((sae / "index" / "manifest.json").is_file() for sae in (saes := find_saes(path))):
+        raise SaekitError(f"{saes[0]} has no index yet: run  saekit index {saes[0]}")
+    line = command(path, host=host, port=port, model=model)
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env={**os.environ, "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"})
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise KeyboardInterrupt("browser closed") from None
+    if code:
+        raise SaekitError(f"the browser ended with code {code}; is port {port} in use? pass --port")

@@ -1,0 +1,291 @@
+"""The command line: one short function per verb; the only place that prints, or turns an error into one line.
+
+Exit codes: 0 done, 2 one line of SaekitError, 130 Ctrl-C, 143 SIGTERM. Options are the dataclasses of config.py and of the
+variants, read by tyro; nothing here imports torch before a verb runs.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from saekit.errors import SaekitError
+
+HELP = """saekit: sparse autoencoders from text to browser
+
+usage: saekit VERB [options]        saekit VERB --help
+
+  collect  MODEL --site S --text T --out ACTS   text → activation store
+  train    VARIANT ACTS --out SAE               store → sparse autoencoder
+  evaluate SAE                                  held-out error, sparsity, what the language model loses
+  index    SAE                                  every firing of every feature, for looking at
+  browse   PATH                                 the features in the browser
+  feature  SAE 123                              one feature in the terminal
+  check    PATH                                 integrity of a store, an SAE folder or an index
+  demo                                          all of it on the bundled language model, offline, in minutes
+
+  a first try:  saekit demo
+"""
+
+
+def entry():
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        import saekit
+
+        print(f"saekit {saekit.__version__}")
+        return 0
+    try:
+        verb = VERBS.get(argv[0])
+        if verb is None:
+            raise SaekitError(f"no verb {argv[0]}; {_nearest(argv[0], VERBS)}")
+        verb([_plain_number(argv[i - 1], word) for i, word in enumerate(argv) if i > 0])
+        return 0
+    except SaekitError as error:
+        print(f"saekit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"saekit: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        if message := getattr(stop, "message", None):
+            print(f"saekit: {message}", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
+
+
+def _nearest(word: str, names) -> str:
+    close = difflib.get_close_matches(word, list(names), 1)
+    return f"nearest: {close[0]}" if close else f"there are {', '.join(names)}"
+
+
+def _plain_number(option: str, word: str) -> str:
+    """`--tokens 10M` is 10,000,000."""
+    match = re.fullmatch(r"([\d_.]+)([kKMG])", word) if option.endswith("tokens") else None
+    return str(round(float(match[1]) * {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])) if match else word
+
+
+def _parse(function: Callable, argv: list[str], prog: str):
+    import tyro
+
+    return tyro.cli(function, args=argv, prog=prog, description=function.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _positional():
+    import tyro
+
+    return tyro.conf.Positional
+
+
+def collect(argv: list[str]):
+    from saekit.config import CollectOptions
+
+    Positional = _positional()
+
+    def parse(model: Positional[str], *, out: Path, options: CollectOptions):
+        """Runs a language model over text and writes the activations of one or several sites to disk.
+
+        Args:
+            model: A hub name, a local folder in Hugging Face format, a .gguf file, or saekit:demo.
+            out: Folder of the new store.
+        """
+        return model, out, options
+
+    model, out, options = _parse(parse, argv, "saekit collect")
+    from saekit.collector import collect as collect_
+
+    store = collect_(model, out=out, **vars(options))
+    for site in store.sites:
+        s = store.manifest["sites"][site]
+        print(
+            f"{site}: width {s['d']}, median norm {s['median_norm']:.3g}, {s['outlier_rows']:,} rows above {s['norm_limit'] or 0:.3g} "
+            f"marked, ‖mean‖ / ‖deviation‖ {s['mean_to_deviation']:.2f}"
+        )
+    print(f"{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  saekit train topk {out} --out saes/{out.name}-topk")
+
+
+def train(argv: list[str]):
+    from saekit.variants import VARIANTS
+
+    names = [name.replace("_", "-") for name in VARIANTS]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: saekit train VARIANT STORE --out SAE [options]\n\nvariants: {', '.join(names)}\n\nsaekit train topk --help lists the options")  # fmt: skip
+        return
+    if argv[0] not in names:
+        raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], names)}")
+    from saekit.config import RunOptions
+
+    Variant, Positional = VARIANTS[argv[0].replace("-", "_")], _positional()
+
+    def parse(store: Positional[Path], *, out: Path, variant: Variant, run: RunOptions):
+        return store, out, variant, run
+
+    parse.__doc__ = f"""{(Variant.__doc__ or "").splitlines()[0]}
+
+    Args:
+        store: Activation store, from saekit collect.
+        out: Folder of the new SAE; an unfinished run there continues.
+    """
+    store, out, variant, options = _parse(parse, argv[1:], f"saekit train {argv[0]}")
+    from saekit.run import Run
+    from saekit.store import open_store
+
+    run = Run(variant, open_store(store), out, options)
+    print(run.plan(), file=sys.stderr)
+    run.train()
+    print(f"{run.summary()}\nnext:  saekit evaluate {out}   and   saekit index {out}")
+
+
+def evaluate(argv: list[str]):
+    from saekit.config import EvaluateOptions
+
+    Positional = _positional()
+
+    def parse(sae: Positional[Path], *, options: EvaluateOptions, json: bool = False):
+        """Measures an SAE on held-out text.
+
+        Args:
+            sae: SAE folder.
+            json: Print evaluation.json instead of the table.
+        """
+        return sae, options, json
+
+    sae, options, as_json = _parse(parse, argv, "saekit evaluate")
+    from saekit.evaluation import evaluate as evaluate_
+
+    evaluation = evaluate_(sae, **vars(options))
+    print((sae / "evaluation.json").read_text(encoding="utf-8") if as_json else evaluation)
+
+
+def index(argv: list[str]):
+    from saekit.config import IndexOptions
+
+    Positional = _positional()
+
+    def parse(sae: Positional[Path], *, options: IndexOptions):
+        """Encodes a store and writes the feature index: every firing of every feature.
+
+        Args:
+            sae: SAE folder; the index goes to its sub-folder index/.
+        """
+        return sae, options
+
+    sae, options = _parse(parse, argv, "saekit index")
+    from saekit.feature_index import build_index
+
+    found = build_index(sae, **vars(options))
+    m = found.manifest
+    print(f"{m['Z']:,} firings of {m['F']:,} features on {m['E']:,} tokens\nnext:  saekit browse {sae}")
+
+
+def browse(argv: list[str]):
+    Positional = _positional()
+
+    def parse(path: Positional[Path], *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
+        """Opens the features of an SAE, or of a folder of SAEs, in the browser.
+
+        Args:
+            path: SAE folder, or a folder that holds several.
+            host: Address to listen on.
+            port: Port to listen on.
+            model: Offer the panels that need the language model.
+        """
+        return path, host, port, model
+
+    path, host, port, model = _parse(parse, argv, "saekit browse")
+    from saekit.browse import serve
+
+    print(f"saekit browser: http://{host}:{port}   (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    serve(path, host=host, port=port, model=model)
+
+
+def feature(argv: list[str]):
+    Positional = _positional()
+
+    def parse(sae: Positional[Path], number: Positional[tuple[int, ...]], *, view: Literal["top", "quantiles", "random"] = "top", html: Annotated[Path | None, None] = None):  # fmt: skip
+        """Shows features in the terminal, or writes them as one HTML file.
+
+        Args:
+            sae: SAE folder with an index.
+            number: One or several features.
+            view: Which examples.
+            html: Write a self-contained HTML file instead.
+        """
+        return sae, number, view, html
+
+    sae, numbers, view, html = _parse(parse, argv, "saekit feature")
+    from saekit.feature_index import open_index
+    from saekit.feature_index.render import page_html
+
+    features = [open_index(sae).feature(number) for number in numbers]
+    if html is not None:
+        html.write_text(page_html(features, view=view), encoding="utf-8")
+        print(f"{len(features)} features in {html}")
+        return
+    for one in features:
+        print(one.text(view=view, color=sys.stdout.isatty()))
+
+
+def check(argv: list[str]):
+    Positional = _positional()
+
+    def parse(path: Positional[Path], *, quick: bool = False):
+        """Checks a store, an SAE folder or an index against its own manifest: sizes, checksums, shapes, values.
+
+        Args:
+            path: Folder to check.
+            quick: Sizes and headers only.
+        """
+        return path, quick
+
+    path, quick = _parse(parse, argv, "saekit check")
+    manifest = path / "manifest.json"
+    if (path / "config.json").is_file() or (path / "run.json").is_file():
+        from saekit.sae import check_sae
+
+        kind, problems = "SAE", check_sae(path)
+    elif manifest.is_file() and '"saekit-index"' in manifest.read_text(encoding="utf-8"):
+        from saekit.feature_index import open_index
+
+        kind, problems = "index", open_index(path).check()
+    else:
+        from saekit.store.format import check as check_store
+
+        kind, problems = "store", check_store(path, quick=quick)
+    if problems:
+        raise SaekitError(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}: " + "; ".join(problems))
+    print(f"{path}: {kind} is sound")
+
+
+def demo(argv: list[str]):
+    def parse(*, out: Path = Path("demo"), browser: bool = True, port: int = 8501):
+        """All of it on the bundled language model, offline: collect, train, index, evaluate, then the browser.
+
+        Args:
+            out: Folder for the store (acts/) and the SAE (saes/topk/); what is finished there is not done again.
+            browser: Open the browser at the end.
+            port: Port of the browser.
+        """
+        return out, browser, port
+
+    out, browser, port = _parse(parse, argv, "saekit demo")
+    from saekit.demo.flow import run_demo
+
+    run_demo(out, say=lambda line: print(line, flush=True))
+    if browser:
+        browse([str(out / "saes"), "--port", str(port)])
+
+
+VERBS = {f.__name__: f for f in (collect, train, evaluate, index, browse, feature, check, demo)}

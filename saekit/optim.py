@@ -1,0 +1,28 @@
+"""Learning rate and its schedule; Adam itself is the kernels' `row_adam_`."""
+
+import math
+
+BETAS = (0.9, 0.999)
+# gradients of rare features are tiny under a normalised loss; the usual 1e-8 would swallow them
+EPS = 6.25e-10
+CONSTANT_WARMUP = 1000
+DECAY_SHARE = 0.2
+
+
+def default_lr(d_sae: int, steps: int | None) -> float:
+    """2e-4·√(2¹⁴/F), times √(32,000/steps) for runs shorter than 32,000 steps, at most 8 times.
+
+    The first factor is the rule of the published trainers, made for 10⁴ to 10⁵ steps; a short run needs more.
+    """
+    boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(32_000 / steps)))
+    return 2e-4 * math.sqrt(2**14 / d_sae) * boost
+
+
+def lr_scale(step: int, steps: int | None) -> float:
+    """Factor of the learning rate at `step` (from 0): linear warm-up over min(1,000, 5 %), constant, linear to 0 over
+    the last 20 %. Without a known length: warm-up over 1,000 steps, then constant."""
+    if steps is None:
+        return min(1.0, (step + 1) / CONSTANT_WARMUP)
+    warmup = max(1, min(CONSTANT_WARMUP, steps // 20))
+    decay = max(1, round(steps * DECAY_SHARE))
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)

@@ -1,0 +1,364 @@
+"""The one training loop: a store, a list of Trainers, schedule, checkpoints, log.
+
+    sae = sk.train(sk.TopK(k=32), store, out="saes/gpt2-topk")
+
+The folder: `run.json` first (options, computed values, the store), `metrics.jsonl` while training, `checkpoints/`, and at
+the end `sae.safetensors` and `config.json`. Without `config.json` the run is unfinished, and the same call continues it
+from the last checkpoint, with the same result to the bit.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import signal
+import socket
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import saekit
+from saekit.checkpoint import checkpoints, restore_checkpoint, save_checkpoint
+from saekit.config import RunOptions
+from saekit.errors import SaekitError
+from saekit.progress import Progress
+from saekit.sae import CONFIG, SAE
+from saekit.store import Store, open_store
+from saekit.store.format import atomic_write, pretty_json
+from saekit.trainer import FIT_ROWS, InputStatistics, Trainer
+from saekit.variants import Variant
+
+# what cannot change the result may differ when a run continues
+FREE_OPTIONS = ("log_every", "checkpoint_every")
+
+
+def train(variant: Variant, store: Store | str | Path, *, out: str | Path, **options) -> SAE:
+    """Trains one SAE on a store and returns it; `options` are those of RunOptions.
+
+    `out` absent or empty: a run begins; an unfinished run of the same options and store: it continues. Anything else is
+    refused with a SaekitError, before the first step.
+    """
+    options = RunOptions(**options)
+    if not isinstance(store, Store):
+        store = open_store(store)
+    return Run(variant, store, Path(out), options).train()
+
+
+class Run:
+    """One run: what was resolved before step 0, and the loop."""
+
+    def __init__(self, variant: Variant, store: Store, out: Path, options: RunOptions):
+        self.store, self.out, self.options = store, out, options
+        self.site = resolve_site(store, options.site)
+        D = store.d(self.site)
+        F = variant.d_sae or 16 * D
+        variant.check(F)
+        self.variant = dataclasses.replace(variant, d_sae=F)
+        rows = len(store.valid_rows([self.site], split=options.split, outliers=options.outliers))
+        wanted = options.tokens if options.tokens is not None else options.epochs * rows
+        if wanted > options.epochs * rows:
+            epochs = -(-wanted // max(1, rows))
+            raise SaekitError(
+                f"run needs {wanted:,} rows, the {'training part' if options.split == 'train' else 'whole'} of {store.path} "
+                f"has {rows:,}; pass --epochs {epochs} or collect more"
+            )
+        self.steps = wanted // options.batch
+        if self.steps < 1:
+            raise SaekitError(
+                f"one step needs --batch {options.batch:,} rows, the run has {wanted:,}; lower --batch or collect more"
+            )
+        statistics = store.statistics(self.site)
+        self.statistics = InputStatistics(torch.from_numpy(statistics.mean_D.copy()), statistics.total_variance)
+        self.checkpoint_every = options.checkpoint_every or max(200, self.steps // 20)
+
+    def plan(self) -> str:
+        """What will be done, said before it starts."""
+        D, F = self.store.d(self.site), self.variant.d_sae
+        parameters = 2 * F * D + F + D
+        return (
+            f"{self.variant.name} on {self.site}: {F:,} features of width {D}, {parameters:,} parameters "
+            f"({parameters * 16 / 2**20:,.0f} MiB with gradients and Adam) · {self.steps:,} steps of {self.options.batch:,} tokens"
+        )
+
+    def summary(self) -> str:
+        """One sentence at the end, from the last line of metrics.jsonl."""
+        last = json.loads((self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        dead_after = json.loads((self.out / "run.json").read_text(encoding="utf-8"))["computed"]["dead_after"]
+        return (
+            f"FVU {last['fvu']:.3f}, L0 {last['l0']:.1f}, {last['dead']:,} of {self.variant.d_sae:,} features silent for "
+            f"{dead_after:,} tokens (training rows; saekit evaluate {self.out} measures held-out ones)"
+        )
+
+    def train(self) -> SAE:
+        with claimed(self.out):
+            resume = self._begin()
+            trainer = Trainer(
+                self.variant,
+                self.store.d(self.site),
+                statistics=self.statistics,
+                tokens=self.steps * self.options.batch,
+                fit_rows=None if resume else self._fit_rows(),
+                seed=self.options.seed,
+                device=self.options.device,
+                compute=self.options.compute,
+            )
+            Progress.say(f"device {trainer.device} · {trainer.compute} ({trainer.compute_reason})")
+            self._write_run_json(trainer)
+            return self._loop(trainer, resume)
+
+    def _begin(self) -> Path | None:
+        """The checkpoint to continue from, None for a new run; refuses a folder that is something else."""
+        if (self.out / CONFIG).is_file():
+            raise SaekitError(f"{self.out} is a finished run; choose another --out")
+        path = self.out / "run.json"
+        if not path.is_file():
+            if any(p.name != LOCK for p in self.out.iterdir()):
+                raise SaekitError(f"{self.out} is not empty and not a run; choose another --out")
+            return None
+        first = json.loads(path.read_text())
+        now = self._identity()
+        for key in now:
+            was = first["identity"].get(key)
+            if was != now[key]:
+                raise SaekitError(
+                    f"{self.out} was begun with {key} {was}, now {now[key]}; use the first options or a new --out"
+                )
+        found = checkpoints(self.out)
+        return found[-1] if found else None
+
+    def _identity(self) -> dict:
+        """Everything that decides the result, flat, so that a refusal can name one field."""
+        run = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in FREE_OPTIONS}
+        own = dataclasses.asdict(self.variant)
+        environment = {"torch": torch.__version__, "machine": platform.machine()}
+        if not torch.cuda.is_available():
+            environment["capability"] = torch.backends.cpu.get_cpu_capability()
+        options = {f"--{k.replace('_', '-')}": v for k, v in {**run, **own}.items()}
+        return {"variant": self.variant.name, **options, "store": self.store.fingerprint, **environment}
+
+    def _write_run_json(self, trainer: Trainer):
+        path = self.out / "run.json"
+        if path.is_file():
+            return
+        run = {
+            "format": "saekit-run",
+            "format_version": 1,
+            "saekit_version": saekit.__version__,
+            "identity": self._identity(),
+            "options": dataclasses.asdict(self.options),
+            "variant": {"name": self.variant.name, **dataclasses.asdict(self.variant)},
+            "computed": {
+                "site": self.site,
+                "steps": self.steps,
+                "d_model": trainer.d_model,
+                "dead_after": trainer.dead_after,
+                "input_scale": trainer.scale,
+                "checkpoint_every": self.checkpoint_every,
+            },
+            "store": {
+                "path": str(self.store.path),
+                "absolute": str(Path(self.store.path).resolve()),
+                "fingerprint": self.store.fingerprint,
+            },
+            "environment": {"device": str(trainer.device), "compute": trainer.compute, "compute_reason": trainer.compute_reason, "threads": torch.get_num_threads()},  # fmt: skip
+        }
+        atomic_write(path, pretty_json(run))
+
+    def _fit_rows(self) -> torch.Tensor:
+        """The first rows of epoch 0, read by a reader of their own: training's place in the data does not move."""
+        n = min(FIT_ROWS, self.steps * self.options.batch)
+        return next(iter(self._batches(n)))[self.site].float()
+
+    def _batches(self, batch: int, state: dict | None = None):
+        o = self.options
+        return self.store.batches(
+            [self.site], batch=batch, seed=o.seed, epochs=o.epochs, split=o.split, ram=o.ram, outliers=o.outliers, state=state
+        )
+
+    def _loop(self, trainer: Trainer, resume: Path | None) -> SAE:
+        options, reader_state, seconds_before = self.options, None, 0.0
+        if resume:
+            state = restore_checkpoint(resume, trainer)
+            reader_state, seconds_before = state["reader"], state["seconds"]
+        metrics = self.out / "metrics.jsonl"
+        cut_back(metrics, trainer.step_count)
+        batches = self._batches(options.batch, reader_state)
+        start, waited, waited_at_log, time_at_log = time.monotonic(), 0.0, 0.0, time.monotonic()
+        tokens_at_log = trainer.step_count * options.batch
+
+        def checkpoint():
+            trainer.raise_if_bad()
+            state = {"reader": batches.state(), "seconds": seconds_before + time.monotonic() - start}
+            save_checkpoint(self.out, trainer, self._config(trainer), state)
+
+        with (
+            Progress("train", self.steps * options.batch, "tokens") as progress,
+            open(metrics, "a", encoding="utf-8") as log,
+            Stop() as stop,
+        ):
+            progress.done = trainer.step_count * options.batch
+            stream = iter(batches)
+            while trainer.step_count < self.steps:
+                batch = next(stream)
+                waited += batch.wait
+                trainer.step(batch[self.site])
+                done = trainer.step_count
+                if done == 1 or done % options.log_every == 0 or done == self.steps:
+                    now = time.monotonic()
+                    values = trainer.log()
+                    line = {
+                        "step": done,
+                        "tokens": done * options.batch,
+                        "seconds": round(seconds_before + now - start, 3),
+                        **values,
+                        "data_wait": round((waited - waited_at_log) / max(1e-9, now - time_at_log), 5),
+                        "tokens_per_s": round((done * options.batch - tokens_at_log) / max(1e-9, now - time_at_log), 1),
+                    }
+                    log.write(json.dumps(line, allow_nan=False) + "\n")
+                    log.flush()
+                    waited_at_log, time_at_log, tokens_at_log = waited, now, done * options.batch
+                    note = (
+                        f"loss {values['loss']:.3f} · FVU {values['fvu']:.3f} · L0 {values['l0']:.1f} · dead {values['dead']:,} "
+                        f"({trainer.dead_after / 1e6:.2g} M tokens) · data wait {100 * line['data_wait']:.1f} %"
+                    )
+                else:
+                    note = ""
+                progress.advance(options.batch, note)
+                if done == self.steps or done % self.checkpoint_every == 0 or stop.signal:
+                    checkpoint()
+                if stop.signal and done < self.steps:
+                    stop.leave(f"stopped after step {done:,} of {self.steps:,}, saved; the same command continues")
+
+        sae = trainer.sae(self._config(trainer))
+        sae.save(self.out)
+        return sae
+
+    def _config(self, trainer: Trainer) -> dict:
+        """The parts of config.json that the run knows: where the SAE belongs and where it comes from."""
+        manifest = self.store.manifest
+        model = manifest["model"]
+        tokenizer = manifest.get("tokenizer")
+        special = manifest["special_tokens"]
+        return {
+            "site": self.site,
+            "model": {k: model.get(k) for k in ("id", "revision", "weights_fingerprint", "processing")},
+            "tokenizer": {"fingerprint": tokenizer["fingerprint"]} if tokenizer else None,
+            "context": {
+                "length": manifest["context_length"],
+                "prepend_bos": special["prepend_bos"],
+                "dropped_ids": special["dropped_ids"],
+            },
+            "provenance": {
+                "created_by": f"saekit {saekit.__version__}",
+                "store": self.store.fingerprint,
+                "rows_seen": trainer.step_count * self.options.batch,
+                "split": self.options.split,
+                "seed": self.options.seed,
+                "training": {
+                    **{k: v for k, v in dataclasses.asdict(self.variant).items() if k != "d_sae"},
+                    "lr": trainer.lr,
+                    "batch": self.options.batch,
+                    "steps": self.steps,
+                    "dead_after": trainer.dead_after,
+                    "normalise": self.variant.normalise,
+                    "input_scale": trainer.scale,
+                    "compute": trainer.compute,
+                },
+                "converted_from": None,
+                "lost": [],
+            },
+        }
+
+
+def resolve_site(store: Store, site: str | None) -> str:
+    """The site asked for, or the only one. SaekitError with the nearest name, or with the choice."""
+    if site is None:
+        if len(store.sites) > 1:
+            raise SaekitError(f"{store.path} holds {len(store.sites)} sites: {', '.join(store.sites)}; pass --site")
+        return store.sites[0]
+    if site not in store.sites:
+        raise SaekitError(f"no site {site} in {store.path}; it holds {', '.join(store.sites)}")
+    return site
+
+
+def cut_back(metrics: Path, step: int):
+    """Drops the lines of metrics.jsonl after `step`, and a torn last line."""
+    if not metrics.is_file():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    atomic_write(metrics, "".join(kept).encode())
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(out: Path):
+    """An advisory lock on the run's folder, held to the end; a folder that this call made and left empty is removed."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / LOCK, "a+")  # noqa: SIM115  (open for as long as the run)
+    except OSError as error:
+        raise SaekitError(f"cannot write to {out}: {error.strerror.lower() if error.strerror else error}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        handle.close()
+        raise SaekitError(f"{out} is being written by {owner}") from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        handle.close()
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.previous: dict = {}
+
+    def __enter__(self) -> "Stop":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not the main thread: signals are somebody else's
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+
+    def leave(self, message: str):
+        """KeyboardInterrupt for Ctrl-C, SystemExit(143) for SIGTERM, with the message."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        error = SystemExit(143)
+        error.message = message
+        raise error

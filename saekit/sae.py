@@ -1,0 +1,193 @@
+"""The one module: a variant, its weights, encode and decode, save and load.
+
+    sae = SAE.load("saes/gpt2-topk")
+    codes = sae.encode(x)            # sparse: values, indices
+    x_hat = sae.decode(codes)
+
+B tokens · D model width · F features. The folder is `config.json` + `sae.safetensors`; saved weights always apply to raw
+activations: a scale used in training is folded in.
+"""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from saekit_kernels import Codes, decode, encode_select
+from torch import Tensor, nn
+
+import saekit
+from saekit.errors import SaekitError
+from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, write_tensors
+from saekit.variants import VARIANTS, Variant
+
+FORMAT, FORMAT_VERSION = "saekit-sae", 1
+CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+# rows are encoded in pieces, so that one (rows, F) buffer of pre-activations stays small
+PIECE_ELEMENTS = 1 << 25
+
+
+class SAE(nn.Module):
+    """codes = select((x − b_dec) W_encᵀ + b_enc) by the variant's inference rule,  x̂ = codes W_dec + b_dec
+
+    Parameters: `W_enc` (F, D), `W_dec` (F, D) with rows of norm 1, `b_enc` (F), `b_dec` (D). `config` is the content of
+    `config.json`. Inference is fp32 and never depends on the rest of the batch.
+    """
+
+    def __init__(self, variant: Variant, W_enc_FD: Tensor, W_dec_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor, config: dict | None = None):  # fmt: skip
+        super().__init__()
+        self.variant = variant
+        self.W_enc = nn.Parameter(W_enc_FD, requires_grad=False)
+        self.W_dec = nn.Parameter(W_dec_FD, requires_grad=False)
+        self.b_enc = nn.Parameter(b_enc_F, requires_grad=False)
+        self.b_dec = nn.Parameter(b_dec_D, requires_grad=False)
+        self.config = config or {}
+        self.path: Path | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def site(self) -> str | None:
+        return self.config.get("site")
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.config.get("fingerprint")
+
+    def encode(self, x: Tensor) -> Codes:
+        """Codes of x (…, D), leading dimensions flattened to tokens first.
+
+        Raises SaekitError if the last dimension is not D.
+        """
+        if x.shape[-1] != self.d_in:
+            raise SaekitError(f"SAE expects D = {self.d_in}, the input has width {x.shape[-1]}")
+        x_BD = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        rows = max(1, PIECE_ELEMENTS // self.d_sae)
+        parts = [
+            encode_select(
+                part, self.W_enc, self.b_enc, self.b_dec, rule=self.variant.inference_rule(), key=self.variant.key, compute="fp32"
+            ).codes  # fmt: skip
+            for part in x_BD.split(rows)
+        ]
+        return parts[0] if len(parts) == 1 else Codes.concatenate(parts)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """x̂ (tokens, D) of the codes."""
+        return decode(codes, self.W_dec, self.b_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂, in the shape and dtype of x."""
+        return self.decode(self.encode(x)).reshape(x.shape).to(x.dtype)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `sae.safetensors`, then `config.json` with its checksum; each under a temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().cpu().numpy() for name, p in self.named_parameters()}
+        write_tensors(folder / WEIGHTS, tensors)
+        blob = (folder / WEIGHTS).read_bytes()
+        config = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "variant": self.variant.name,
+            "options": self.variant.inference_options(),
+            "signed": self.variant.signed,
+            "d_in": self.d_in,
+            "d_out": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": "float32",
+            "subtract_b_dec": True,
+            "decoder_norm": "unit",
+            "input_norm": {"kind": "none"},
+            "heads": None,
+            "site": None,
+            "site_out": None,
+            "model": None,
+            "tokenizer": None,
+            "context": None,
+            "provenance": {"created_by": f"saekit {saekit.__version__}", "converted_from": None, "lost": []},
+            **{k: v for k, v in self.config.items() if k not in ("weights", "fingerprint")},
+            "weights": {"sha256": sha256(blob).hexdigest(), "bytes": len(blob)},
+        }
+        digest = sha256(canonical_json(config))
+        digest.update(blob)
+        config["fingerprint"] = f"sha256:{digest.hexdigest()}"
+        atomic_write(folder / CONFIG, pretty_json(config))
+        self.config, self.path = config, folder
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> "SAE":
+        """The SAE in `folder`. Raises SaekitError, one line each, for what is missing, foreign, newer or damaged."""
+        folder = Path(folder)
+        config = read_config(folder)
+        weights = folder / WEIGHTS
+        if not weights.is_file():
+            raise SaekitError(f"{weights} is missing; restore it or train again")
+        if weights.stat().st_size != config["weights"]["bytes"]:
+            raise SaekitError(
+                f"{weights} has {weights.stat().st_size:,} bytes, config.json says {config['weights']['bytes']:,}; "
+                "restore it or train again"
+            )
+        F, D = config["d_sae"], config["d_in"]
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in map_tensors(weights).items()}
+        for name, shape in {"W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}.items():
+            if name not in tensors:
+                raise SaekitError(f"{weights} has no tensor {name}; it is not an SAE of saekit")
+            if tuple(tensors[name].shape) != shape:
+                raise SaekitError(f"{weights}: {name} is {tuple(tensors[name].shape)}, expected {shape}")
+        variant = VARIANTS[config["variant"]].from_inference_options(config["options"], F)
+        sae = cls(variant, tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"], config)
+        if config["decoder_norm"] == "unit" and not torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-4):
+            raise SaekitError(f"{weights}: rows of W_dec do not have norm 1 as config.json says; restore it")
+        sae.path = folder
+        return sae.to(device)
+
+
+def read_config(folder: str | Path) -> dict:
+    """`config.json` of an SAE folder; SaekitError for a folder that is none, is unfinished, or is of a newer format."""
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise SaekitError(f"no such SAE folder: {folder}")
+    if not path.is_file():
+        if (folder / "run.json").is_file():
+            raise SaekitError(f"{folder} is an unfinished run; its saekit train command, typed again, continues it")
+        raise SaekitError(f"{folder} is not an SAE folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SaekitError(f"{path} is not valid JSON ({error}); restore it or train again") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise SaekitError(f"{folder} is not an SAE folder: config.json does not say {FORMAT}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise SaekitError(
+            f"{folder} has SAE format {config.get('format_version')}, this saekit reads {FORMAT_VERSION}; upgrade saekit"
+        )
+    if config["variant"] not in VARIANTS:
+        raise SaekitError(f"{folder}: variant {config['variant']} is not built in; known are {', '.join(VARIANTS)}")
+    return config
+
+
+def check_sae(folder: str | Path) -> list[str]:
+    """What is wrong with an SAE folder: weights against their checksum, shapes, finite values, unit decoder rows, and
+    whether evaluation and index belong to it. Empty = sound."""
+    folder = Path(folder)
+    try:
+        sae = SAE.load(folder)
+    except SaekitError as error:
+        return [str(error)]
+    problems = []
+    if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != sae.config["weights"]["sha256"]:
+        problems.append(f"{WEIGHTS} is damaged (sha256 differs)")
+    problems += [f"{name} holds values that are not finite" for name, p in sae.named_parameters() if not p.isfinite().all()]
+    for path, read in (("evaluation.json", lambda c: c["sae"]["fingerprint"]), ("index/manifest.json", lambda c: c["fingerprints"]["sae"])):
+        if (folder / path).is_file() and read(json.loads((folder / path).read_text(encoding="utf-8"))) != sae.fingerprint:
+            problems.append(f"{path} belongs to another SAE")
+    return problems

@@ -1,0 +1,193 @@
+"""One step of the Trainer against dense autograd, dead-feature counting, schedule, folding."""
+
+import math
+
+import pytest
+import torch
+
+import saekit as sk
+from saekit import losses, optim
+from saekit.errors import SaekitError
+from saekit.trainer import InputStatistics, Trainer, generator
+
+
+def dense_gradients(trainer, x_BD, dead=None):
+    """Gradients of L = rec + aux·AuxK by autograd on dense codes, and the losses."""
+    W_enc, W_dec, b_enc, b_dec = (trainer.parameters()[n].double().clone().requires_grad_() for n in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    x = x_BD.double()
+    pre = (x - b_dec) @ W_enc.T + b_enc
+    top = pre.detach().topk(trainer.variant.k, 1).indices
+    codes = torch.zeros_like(pre).scatter(1, top, pre.relu().gather(1, top))
+    residual = x - codes @ W_dec - b_dec
+    rec = residual.square().sum() / (len(x) * trainer.total_variance)
+    aux = torch.zeros(())
+    if dead is not None:
+        dead_pre = pre[:, dead].relu()
+        k_aux = min(trainer.d_model // 2, len(dead))
+        keep = dead_pre.detach().topk(k_aux, 1).indices
+        a = torch.zeros_like(dead_pre).scatter(1, keep, dead_pre.gather(1, keep))
+        e = residual.detach()
+        aux = trainer.variant.aux * (e - a @ W_dec[dead]).square().sum() / (e - e.mean(0)).square().sum()
+    grads = torch.autograd.grad(rec + aux, (W_enc, W_dec, b_enc, b_dec))
+    named = dict(zip(("W_enc", "W_dec", "b_enc", "b_dec"), grads, strict=True))
+    along = (named["W_dec"] * W_dec).sum(1, keepdim=True)
+    named["W_dec"] = named["W_dec"] - along * W_dec
+    return named, rec.item(), aux.item()
+
+
+def captured_step(trainer, x_BD, monkeypatch):
+    """The gradients that a step hands to Adam."""
+    seen = {}
+    monkeypatch.setattr(trainer, "_adam", lambda gradients: seen.update({k: g.clone() for k, g in gradients.items()}))
+    return trainer.step(x_BD), seen
+
+
+@pytest.fixture
+def x_BD():
+    return torch.randn(96, 16, generator=torch.Generator().manual_seed(3))
+
+
+def test_gradients_equal_dense_autograd(x_BD, monkeypatch):
+    trainer = Trainer(sk.TopK(k=5, d_sae=64), d_model=16)
+    trainer.b_dec += 0.1 * torch.randn(16)
+    trainer.b_enc += 0.1 * torch.randn(64)
+    named, got = captured_step(trainer, x_BD, monkeypatch)
+    expected, rec, _ = dense_gradients(trainer, x_BD)
+    assert named["rec"].item() == pytest.approx(rec, rel=1e-5)
+    for name, g in expected.items():
+        error = (got[name].double() - g).norm() / g.norm()
+        assert error < 1e-5, (name, error)
+
+
+def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, monkeypatch):
+    trainer = Trainer(sk.TopK(k=3, d_sae=64, dead_after=1000), d_model=16)
+    trainer._fit_encoder(x_BD)
+    dead = torch.tensor([3, 17, 40, 41, 63])
+    trainer.b_enc[dead] -= 0.5  # less likely winners, yet positive on some rows
+    with torch.no_grad():
+        fired = trainer._select(trainer.normalised(x_BD), csc=False).codes.fired_F()
+    dead = dead[~fired[dead]]
+    assert len(dead) >= 2
+    trainer.idle_F[dead] = 10_000
+    named, got = captured_step(trainer, x_BD, monkeypatch)
+    assert set(trainer.dead_ids.tolist()) == set(dead.tolist())
+    expected, _, aux = dense_gradients(trainer, x_BD, dead)
+    assert named["aux"].item() == pytest.approx(aux, rel=1e-4) and aux > 0
+    for name, g in expected.items():
+        assert (got[name].double() - g).norm() / g.norm() < 1e-5, name
+    plain, _, _ = dense_gradients(trainer, x_BD)
+    live = torch.ones(64, dtype=torch.bool)
+    live[dead] = False
+    assert got["W_enc"][dead].norm() > 0 and plain["W_enc"][dead].norm() == 0
+    torch.testing.assert_close(got["W_enc"][live].double(), plain["W_enc"][live], rtol=1e-4, atol=1e-9)
+
+
+def test_auxk_lowers_what_is_left_to_explain(x_BD):
+    trainer = Trainer(sk.TopK(k=3, d_sae=64, dead_after=1, aux=1.0, lr=1e-3), d_model=16)
+    before = None
+    for _ in range(65):
+        named = trainer.step(x_BD)
+        if "aux" in named:
+            before = before or named["aux"].item()
+    assert before is not None and named["aux"].item() < before
+
+
+def test_dead_counting_is_in_tokens_and_a_feature_leaves_when_it_fires():
+    # one feature per axis; inputs on axis 0 alone: features 1 to 3 are silent
+    trainer = Trainer(sk.TopK(k=1, d_sae=4, dead_after=64, enc_init="tied"), d_model=4)
+    trainer.W_dec.copy_(torch.eye(4))
+    trainer.W_enc.copy_(torch.eye(4))
+    x = torch.zeros(32, 4)
+    x[:, 0] = 1.0
+    trainer.step(x)
+    assert trainer.idle_F.tolist() == [0, 32, 32, 32]
+    assert trainer.log()["dead"] == 0
+    trainer.step(x)
+    assert trainer.log()["dead"] == 3  # 64 tokens
+    assert len(trainer.dead_ids) == 0  # the list is rebuilt at steps divisible by 64
+    trainer.step_count = 64
+    trainer.step(x)
+    assert trainer.dead_ids.tolist() == [1, 2, 3]
+    y = torch.zeros(32, 4)
+    y[:, 2] = 5.0
+    trainer.step(y)
+    assert trainer.idle_F[2] == 0 and trainer.log()["dead"] == 2
+
+
+def test_no_dead_feature_changes_nothing_to_the_bit(x_BD):
+    one, two = (Trainer(sk.TopK(k=4, d_sae=64, aux=aux), d_model=16) for aux in (1 / 32, 0.0))
+    for _ in range(3):
+        one.step(x_BD), two.step(x_BD)
+    assert all(torch.equal(one.parameters()[n], two.parameters()[n]) for n in one.parameters())
+
+
+def test_perfect_reconstruction_gives_zero_aux_not_nan():
+    e = torch.zeros(8, 4)
+    assert losses.auxk(e, torch.ones(8, 4)).item() == 0.0
+
+
+def test_decoder_rows_stay_at_norm_one_and_loss_falls(x_BD):
+    trainer = Trainer(sk.TopK(k=4, d_sae=64, lr=3e-3), d_model=16, tokens=96 * 200)
+    first = trainer.step(x_BD)["rec"].item()
+    for _ in range(199):
+        last = trainer.step(x_BD)["rec"].item()
+    assert last < 0.6 * first
+    torch.testing.assert_close(trainer.W_dec.norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+
+
+def test_folded_sae_on_raw_equals_the_trainer_on_scaled_input(x_BD):
+    raw = 37.0 * x_BD + 5.0
+    statistics = InputStatistics(raw.mean(0), (raw - raw.mean(0)).square().sum(1).mean().item())
+    trainer = Trainer(sk.TopK(k=4, d_sae=64), d_model=16, statistics=statistics, tokens=96 * 10)
+    assert trainer.total_variance == pytest.approx(1.0)
+    for _ in range(5):
+        trainer.step(raw)
+    inside = trainer._select(trainer.normalised(raw), csc=False).codes.dense() / trainer.scale
+    outside = trainer.sae().encode(raw).dense()
+    assert torch.equal(inside != 0, outside != 0)
+    torch.testing.assert_close(outside, inside, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_stops_the_run_at_the_next_log(x_BD):
+    trainer = Trainer(sk.TopK(k=4, d_sae=64), d_model=16)
+    trainer.step(x_BD)
+    trainer.log()
+    bad = x_BD.clone()
+    bad[5, 3] = math.nan
+    trainer.step(bad)
+    trainer.step(x_BD)
+    with pytest.raises(SaekitError, match="at step 1;"):
+        trainer.log()
+
+
+def test_wrong_width_and_shape_are_refused(x_BD):
+    trainer = Trainer(sk.TopK(k=4, d_sae=64), d_model=16)
+    with pytest.raises(SaekitError, match="d_model = 16, the batch has width 8"):
+        trainer.step(x_BD[:, :8])
+    with pytest.raises(SaekitError, match="flatten"):
+        trainer.step(x_BD[None])
+
+
+def test_k_above_the_number_of_features_is_refused():
+    with pytest.raises(SaekitError, match=r"k = 512 exceeds d_sae = 256; lower --k or raise --d-sae"):
+        sk.TopK(k=512, d_sae=256)
+    with pytest.raises(SaekitError, match="k = 300 exceeds d_sae = 256"):
+        Trainer(sk.TopK(k=300), d_model=16)
+
+
+def test_schedule():
+    # 1,000 steps: warm-up over 50, constant, to 0 over the last 200
+    assert optim.lr_scale(0, 1000) == pytest.approx(1 / 50)
+    assert optim.lr_scale(49, 1000) == optim.lr_scale(799, 1000) == 1.0
+    assert optim.lr_scale(900, 1000) == pytest.approx(0.5)
+    assert optim.lr_scale(999, 1000) == pytest.approx(1 / 200)
+    assert optim.lr_scale(5000, None) == 1.0
+    assert optim.default_lr(2**14, 32_000) == pytest.approx(2e-4)
+    assert optim.default_lr(2**12, 2_000) == pytest.approx(2e-4 * 2 * 4)
+    assert optim.default_lr(2**14, 10) == pytest.approx(2e-4 * 8)
+
+
+def test_generators_of_different_purposes_share_nothing():
+    one, two = (torch.randn(4, generator=generator(0, p)) for p in ("decoder", "order"))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, torch.randn(4, generator=generator(0, "decoder")))
