@@ -1,7 +1,7 @@
 """Rewrites what README and docs quote: help texts, between `<!-- help: saekit … -->` and `<!-- end -->`.
 
-    make docs            rewrite
-    docs/rewrite.py --check    say which file is behind, exit code 1
+make docs            rewrite
+docs/rewrite.py --check    say which file is behind, exit code 1
 """
 
 import io

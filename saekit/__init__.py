@@ -29,7 +29,20 @@ _HOMES = {
     "open_store": "saekit.store",
     "train": "saekit.run",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "SAE",
+    "VARIANTS",
+    "SaekitError",
+    "TopK",
+    "__version__",
+    "build_index",
+    "collect",
+    "evaluate",
+    "load_model",
+    "open_index",
+    "open_store",
+    "train",
+]
 
 if TYPE_CHECKING:
     from saekit.collector import collect

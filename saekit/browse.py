@@ -26,7 +26,7 @@ def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
     spec = importlib.util.find_spec("saekit_browser")
     if spec is None or not spec.submodule_search_locations:
         raise SaekitError("the package saekit_browser is not installed; install saekit again")
-    main = Path(list(spec.submodule_search_locations)[0]) / "main.py"
+    main = Path(next(iter(spec.submodule_search_locations))) / "main.py"
     options = {
         "server.address": host,
         "server.port": port,
@@ -42,10 +42,13 @@ def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
 
 def serve(path: Path, *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
     """Serves the SAEs at `path` until Ctrl-C. Raises SaekitError before any server starts if there is nothing to show."""
-    if not any((sae / "index" / "manifest.json").is_file() for sae in (saes := find_saes(path))):
+    saes = find_saes(path)
+    if not any((sae / "index" / "manifest.json").is_file() for sae in saes):
         raise SaekitError(f"{saes[0]} has no index yet: run  saekit index {saes[0]}")
     line = command(path, host=host, port=port, model=model)
-    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env={**os.environ, "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"})
+    process = subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, env={**os.environ, "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -113,7 +113,9 @@ def collect(argv: list[str]):
             f"{site}: width {s['d']}, median norm {s['median_norm']:.3g}, {s['outlier_rows']:,} rows above {s['norm_limit'] or 0:.3g} "
             f"marked, ‖mean‖ / ‖deviation‖ {s['mean_to_deviation']:.2f}"
         )
-    print(f"{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  saekit train topk {out} --out saes/{out.name}-topk")
+    print(
+        f"{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  saekit train topk {out} --out saes/{out.name}-topk"
+    )
 
 
 def train(argv: list[str]):
@@ -121,7 +123,9 @@ def train(argv: list[str]):
 
     names = [name.replace("_", "-") for name in VARIANTS]
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: saekit train VARIANT STORE --out SAE [options]\n\nvariants: {', '.join(names)}\n\nsaekit train topk --help lists the options")  # fmt: skip
+        print(
+            f"usage: saekit train VARIANT STORE --out SAE [options]\n\nvariants: {', '.join(names)}\n\nsaekit train topk --help lists the options"
+        )
         return
     if argv[0] not in names:
         raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], names)}")
@@ -214,7 +218,13 @@ def browse(argv: list[str]):
 def feature(argv: list[str]):
     Positional = _positional()
 
-    def parse(sae: Positional[Path], number: Positional[tuple[int, ...]], *, view: Literal["top", "quantiles", "random"] = "top", html: Annotated[Path | None, None] = None):  # fmt: skip
+    def parse(
+        sae: Positional[Path],
+        number: Positional[tuple[int, ...]],
+        *,
+        view: Literal["top", "quantiles", "random"] = "top",
+        html: Annotated[Path | None, None] = None,
+    ):
         """Shows features in the terminal, or writes them as one HTML file.
 
         Args:

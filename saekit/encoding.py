@@ -77,9 +77,7 @@ def encode_store(
             x_BD = block.to(device, torch.float32)
             codes = sae.encode(x_BD)
             sequences = np.searchsorted(seq_rows, part, side="right") - 1
-            chunk = Chunk(
-                part, positions[part], sequences, heldout[sequences], x_BD, codes, sae.decode(codes)
-            )  # fmt: skip
+            chunk = Chunk(part, positions[part], sequences, heldout[sequences], x_BD, codes, sae.decode(codes))
             for consumer in consumers:
                 consumer.update(chunk)
             progress.advance(len(part))

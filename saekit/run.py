@@ -163,7 +163,12 @@ class Run:
                 "absolute": str(Path(self.store.path).resolve()),
                 "fingerprint": self.store.fingerprint,
             },
-            "environment": {"device": str(trainer.device), "compute": trainer.compute, "compute_reason": trainer.compute_reason, "threads": torch.get_num_threads()},  # fmt: skip
+            "environment": {
+                "device": str(trainer.device),
+                "compute": trainer.compute,
+                "compute_reason": trainer.compute_reason,
+                "threads": torch.get_num_threads(),
+            },
         }
         atomic_write(path, pretty_json(run))
 
@@ -175,7 +180,14 @@ class Run:
     def _batches(self, batch: int, state: dict | None = None):
         o = self.options
         return self.store.batches(
-            [self.site], batch=batch, seed=o.seed, epochs=o.epochs, split=o.split, ram=o.ram, outliers=o.outliers, state=state
+            [self.site],
+            batch=batch,
+            seed=o.seed,
+            epochs=o.epochs,
+            split=o.split,
+            ram=o.ram,
+            outliers=o.outliers,
+            state=state,
         )
 
     def _loop(self, trainer: Trainer, resume: Path | None) -> SAE:

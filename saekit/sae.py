@@ -34,7 +34,15 @@ class SAE(nn.Module):
     `config.json`. Inference is fp32 and never depends on the rest of the batch.
     """
 
-    def __init__(self, variant: Variant, W_enc_FD: Tensor, W_dec_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor, config: dict | None = None):  # fmt: skip
+    def __init__(
+        self,
+        variant: Variant,
+        W_enc_FD: Tensor,
+        W_dec_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor,
+        config: dict | None = None,
+    ):
         super().__init__()
         self.variant = variant
         self.W_enc = nn.Parameter(W_enc_FD, requires_grad=False)
@@ -71,8 +79,14 @@ class SAE(nn.Module):
         rows = max(1, PIECE_ELEMENTS // self.d_sae)
         parts = [
             encode_select(
-                part, self.W_enc, self.b_enc, self.b_dec, rule=self.variant.inference_rule(), key=self.variant.key, compute="fp32"
-            ).codes  # fmt: skip
+                part,
+                self.W_enc,
+                self.b_enc,
+                self.b_dec,
+                rule=self.variant.inference_rule(),
+                key=self.variant.key,
+                compute="fp32",
+            ).codes
             for part in x_BD.split(rows)
         ]
         return parts[0] if len(parts) == 1 else Codes.concatenate(parts)
@@ -186,8 +200,15 @@ def check_sae(folder: str | Path) -> list[str]:
     problems = []
     if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != sae.config["weights"]["sha256"]:
         problems.append(f"{WEIGHTS} is damaged (sha256 differs)")
-    problems += [f"{name} holds values that are not finite" for name, p in sae.named_parameters() if not p.isfinite().all()]
-    for path, read in (("evaluation.json", lambda c: c["sae"]["fingerprint"]), ("index/manifest.json", lambda c: c["fingerprints"]["sae"])):
-        if (folder / path).is_file() and read(json.loads((folder / path).read_text(encoding="utf-8"))) != sae.fingerprint:
+    problems += [
+        f"{name} holds values that are not finite" for name, p in sae.named_parameters() if not p.isfinite().all()
+    ]
+    for path, read in (
+        ("evaluation.json", lambda c: c["sae"]["fingerprint"]),
+        ("index/manifest.json", lambda c: c["fingerprints"]["sae"]),
+    ):
+        if (folder / path).is_file() and read(
+            json.loads((folder / path).read_text(encoding="utf-8"))
+        ) != sae.fingerprint:
             problems.append(f"{path} belongs to another SAE")
     return problems

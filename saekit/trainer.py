@@ -19,7 +19,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from saekit_kernels import aux_decode, decode_residual_value_grad, encode_select, row_adam_, segment_weight_grads
+from saekit_kernels import (
+    ExtraRows,
+    Workspace,
+    aux_decode,
+    decode_residual_value_grad,
+    encode_select,
+    row_adam_,
+    segment_weight_grads,
+)
 from torch import Tensor
 
 from saekit import losses, optim
@@ -103,7 +111,9 @@ class Trainer:
         self.variant, self.d_model, self.d_sae, self.tokens, self.seed = variant, D, F, tokens, seed
         self.device = resolve_device(str(device))
         self.compute, self.compute_reason = resolve_compute(compute, self.device)
-        self.dead_after = variant.dead_after or (DEAD_AFTER if tokens is None else max(1, min(DEAD_AFTER, tokens // 20)))
+        self.dead_after = variant.dead_after or (
+            DEAD_AFTER if tokens is None else max(1, min(DEAD_AFTER, tokens // 20))
+        )
 
         mean_D = torch.zeros(D) if statistics is None else statistics.mean_D.float()
         variance = float(D) if statistics is None else statistics.total_variance
@@ -118,6 +128,9 @@ class Trainer:
         self.b_enc = torch.zeros(F, device=self.device)
         self.b_dec = (mean_D * self.scale if variant.b_dec == "mean" else torch.zeros(D)).to(self.device)
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters().items()}
+        # kept for the life of the run: fresh buffers of this size cost their page faults in every step
+        self.workspace = Workspace()
+        self.gradients = (torch.empty_like(self.W_dec), torch.empty_like(self.W_enc))
         self.idle_F = torch.zeros(F, dtype=torch.int64, device=self.device)
         self.dead_ids = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.step_count = 0
@@ -139,7 +152,11 @@ class Trainer:
         if raw_BD.ndim != 2 or raw_BD.shape[1] != self.d_model:
             raise SaekitError(
                 f"this Trainer was made for d_model = {self.d_model}, the batch has "
-                + (f"width {raw_BD.shape[1]}" if raw_BD.ndim == 2 else f"shape {tuple(raw_BD.shape)}; flatten it to (tokens, D)")
+                + (
+                    f"width {raw_BD.shape[1]}"
+                    if raw_BD.ndim == 2
+                    else f"shape {tuple(raw_BD.shape)}; flatten it to (tokens, D)"
+                )
             )
         x_BD = raw_BD.to(self.device, torch.float32)
         return x_BD * self.scale if self.scale != 1.0 else x_BD
@@ -147,9 +164,16 @@ class Trainer:
     def _select(self, x_BD: Tensor, *, csc: bool):
         progress = self.step_count / self.steps if self.steps else 0.0
         return encode_select(
-            x_BD, self.W_enc, self.b_enc, self.b_dec,
-            rule=self.variant.rule(progress), key=self.variant.key, compute=self.compute, csc=csc,
-        )  # fmt: skip
+            x_BD,
+            self.W_enc,
+            self.b_enc,
+            self.b_dec,
+            rule=self.variant.rule(progress),
+            key=self.variant.key,
+            compute=self.compute,
+            csc=csc,
+            workspace=self.workspace,
+        )
 
     def _fit_encoder(self, raw_BD: Tensor):
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
@@ -179,8 +203,8 @@ class Trainer:
         named = {"rec": losses.reconstruction(sq_B, self.total_variance)}
         # dL/d‖e_b‖² is the same number for every token
         slope = -2.0 / (B * self.total_variance)
-        coef_enc_N = (dv_N * slope).reshape(-1)
-        coef_dec_N = (codes.values * slope).reshape(-1)
+        coef_enc_N = dv_N * slope
+        coef_dec_N = codes.values * slope
         g_b_dec = residual_BD.sum(0) * slope
 
         extra = None
@@ -188,7 +212,14 @@ class Trainer:
             named["aux"], extra = self._aux(x_BD, residual_BD)
 
         gW_dec, gW_enc, gb_enc, row_sq_F = segment_weight_grads(
-            csc, coef_dec_N, residual_BD, coef_enc_N, x_BD - self.b_dec, extra=extra, project_onto=self.W_dec
+            csc,
+            coef_dec_N,
+            residual_BD,
+            coef_enc_N,
+            x_BD - self.b_dec,
+            extra=extra,
+            project_onto=self.W_dec,
+            out=self.gradients,
         )
         # through x − b_dec, for AuxK's pre-activations too: their bias gradients are in gb_enc
         g_b_dec -= gb_enc @ self.W_enc
@@ -205,9 +236,13 @@ class Trainer:
         self.bad = torch.where((self.bad < 0) & ~good, torch.full_like(self.bad, self.step_count), self.bad)
         l0 = codes.l0().sum() / B
         self._add(
-            loss=loss, **named, fvu=named["rec"], l0=l0, grad_norm=grad_norm,
+            loss=loss,
+            **named,
+            fvu=named["rec"],
+            l0=l0,
+            grad_norm=grad_norm,
             budget_unspent=1 - l0 / getattr(self.variant, "k", math.inf),
-        )  # fmt: skip
+        )
         self.step_count += 1
         return named
 
@@ -219,20 +254,25 @@ class Trainer:
             self.dead_ids = (self.idle_F >= self.dead_after).nonzero().squeeze(1)
 
     def _aux(self, x_BD: Tensor, residual_BD: Tensor):
-        """AuxK on copies of the dead rows: its loss, and (ids, gradients of W_dec, W_enc, b_enc on these rows)."""
+        """AuxK on copies of the dead rows: its loss, and its gradients on these rows."""
         ids = self.dead_ids
-        W_enc, W_dec, b_enc = (
-            p[ids].requires_grad_() for p in (self.W_enc, self.W_dec, self.b_enc)
-        )  # fmt: skip
+        W_enc, W_dec, b_enc = (p[ids].requires_grad_() for p in (self.W_enc, self.W_dec, self.b_enc))
         k_aux = min(self.variant.k_aux or self.d_model // 2, len(ids))
         with torch.enable_grad():
             y_BD = aux_decode(
-                x_BD, self.b_dec, None, W_enc, b_enc, W_dec,
-                k_aux=k_aux, key=self.variant.key, off_A=self.idle_F[ids] < self.dead_after,
-            )  # fmt: skip
+                x_BD,
+                self.b_dec,
+                None,
+                W_enc,
+                b_enc,
+                W_dec,
+                k_aux=k_aux,
+                key=self.variant.key,
+                off_A=self.idle_F[ids] < self.dead_after,
+            )
             loss = self.variant.aux * losses.auxk(residual_BD, y_BD)
         g_enc, g_dec, g_bias = torch.autograd.grad(loss, (W_enc, W_dec, b_enc))
-        return loss.detach(), (ids, g_dec, g_enc, g_bias)
+        return loss.detach(), ExtraRows(ids, g_dec, g_enc, g_bias)
 
     def _adam(self, gradients: dict[str, Tensor]):
         lr = self.lr * optim.lr_scale(self.step_count, self.steps)
@@ -243,9 +283,17 @@ class Trainer:
             else:
                 g = gradients[name]
             row_adam_(
-                w, m, v, g, step=self.step_count + 1, lr=lr, b1=optim.BETAS[0], b2=optim.BETAS[1], eps=optim.EPS,
+                w,
+                m,
+                v,
+                g,
+                step=self.step_count + 1,
+                lr=lr,
+                b1=optim.BETAS[0],
+                b2=optim.BETAS[1],
+                eps=optim.EPS,
                 unit_norm=name == "W_dec",
-            )  # fmt: skip
+            )
 
     def _add(self, **values: Tensor):
         for name, value in values.items():
@@ -277,9 +325,7 @@ class Trainer:
     def sae(self, config: dict | None = None) -> SAE:
         """The SAE as it is now, for raw activations: biases are divided by the input scale, matrices stay."""
         s = self.scale
-        return SAE(
-            self.variant, self.W_enc.clone(), self.W_dec.clone(), self.b_enc / s, self.b_dec / s, config
-        )  # fmt: skip
+        return SAE(self.variant, self.W_enc.clone(), self.W_dec.clone(), self.b_enc / s, self.b_dec / s, config)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain values): all that a later step depends on."""
@@ -289,8 +335,12 @@ class Trainer:
         tensors |= {"idle": self.idle_F, "dead_ids": self.dead_ids}
         tensors |= {f"sum.{name}": total.reshape(1) for name, total in self.sums.items()}
         return tensors, {
-            "step": self.step_count, "steps": self.steps, "lr": self.lr, "logged_steps": self.logged_steps, "fitted": self.fitted,
-        }  # fmt: skip
+            "step": self.step_count,
+            "steps": self.steps,
+            "lr": self.lr,
+            "logged_steps": self.logged_steps,
+            "fitted": self.fitted,
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict):
         for name, p in self.parameters().items():

@@ -80,7 +80,9 @@ def tiny_text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
     lines = []
     for i in range(400):
-        body = "".join(TINY_TEXT[(i + j) % 3].replace("name", f"name{i % 17}").replace("Dog", f"Dog{j}") for j in range(3))
+        body = "".join(
+            TINY_TEXT[(i + j) % 3].replace("name", f"name{i % 17}").replace("Dog", f"Dog{j}") for j in range(3)
+        )
         lines.append(json.dumps({"text": body}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -23,7 +23,9 @@ def acts(tmp_path_factory, tiny_model, tiny_text):
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory, acts):
     out = tmp_path_factory.mktemp("cli") / "sae"
-    assert cli.main(["train", "topk", str(acts), "--out", str(out), "--k", "4", "--d-sae", "128", "--batch", "512"]) == 0
+    assert (
+        cli.main(["train", "topk", str(acts), "--out", str(out), "--k", "4", "--d-sae", "128", "--batch", "512"]) == 0
+    )
     return out
 
 
@@ -73,7 +75,18 @@ def test_counts_may_be_written_short():
 
 
 def collect_line(tmp_path, model, text, site=SITE, out=None):
-    return ["collect", str(model), "--site", site, "--text", str(text), "--context", "64", "--out", str(out or tmp_path / "new")]
+    return [
+        "collect",
+        str(model),
+        "--site",
+        site,
+        "--text",
+        str(text),
+        "--context",
+        "64",
+        "--out",
+        str(out or tmp_path / "new"),
+    ]
 
 
 def copied(sae, tmp_path, **changes):
@@ -96,21 +109,61 @@ def bad_inputs(tmp_path, tiny_model, tiny_text, acts, sae):
     return {
         "unknown verb": (["colect"], "no verb colect; nearest: collect", None),
         "no model": (collect_line(tmp_path, tmp_path / "nowhere", tiny_text), "cannot load model .*nowhere", new),
-        "no site": (collect_line(tmp_path, tiny_model, tiny_text, "blocks.1.hook_resid_pst"), r"no site blocks.1.hook_resid_pst; nearest: .*blocks.1.hook_resid_post", new),
-        "layer out of range": (collect_line(tmp_path, tiny_model, tiny_text, "blocks.40.hook_resid_post"), r"the model has 2 layers \(0 to 1\)", new),
+        "no site": (
+            collect_line(tmp_path, tiny_model, tiny_text, "blocks.1.hook_resid_pst"),
+            r"no site blocks.1.hook_resid_pst; nearest: .*blocks.1.hook_resid_post",
+            new,
+        ),
+        "layer out of range": (
+            collect_line(tmp_path, tiny_model, tiny_text, "blocks.40.hook_resid_post"),
+            r"the model has 2 layers \(0 to 1\)",
+            new,
+        ),
         "no text file": (collect_line(tmp_path, tiny_model, "missing.txt"), "no such file: missing.txt", new),
-        "empty text": (collect_line(tmp_path, tiny_model, empty), r"empty.txt holds no text \(0 non-empty documents\)", new),
+        "empty text": (
+            collect_line(tmp_path, tiny_model, empty),
+            r"empty.txt holds no text \(0 non-empty documents\)",
+            new,
+        ),
         "not UTF-8": (collect_line(tmp_path, tiny_model, binary), "binary.txt: byte 3 is not UTF-8", new),
-        "unknown extension": (collect_line(tmp_path, tiny_model, tiny_model / "model.safetensors"), "cannot read .*known are .txt", new),
-        "finished store": (collect_line(tmp_path, tiny_model, tiny_text, out=acts), "is a finished store .* choose another --out", None),
-        "foreign out": (collect_line(tmp_path, tiny_model, tiny_text, out=tmp_path), "is not empty and not a store; choose another --out", None),
+        "unknown extension": (
+            collect_line(tmp_path, tiny_model, tiny_model / "model.safetensors"),
+            "cannot read .*known are .txt",
+            new,
+        ),
+        "finished store": (
+            collect_line(tmp_path, tiny_model, tiny_text, out=acts),
+            "is a finished store .* choose another --out",
+            None,
+        ),
+        "foreign out": (
+            collect_line(tmp_path, tiny_model, tiny_text, out=tmp_path),
+            "is not empty and not a store; choose another --out",
+            None,
+        ),
         "no store": (["train", "topk", str(tmp_path), "--out", str(new)], "is not a store", new),
         "missing store": (["train", "topk", str(tmp_path / "nope"), "--out", str(new)], "nope", new),
-        "k above F": (["train", "topk", str(acts), "--out", str(new), "--k", "512", "--d-sae", "256"], r"k = 512 exceeds d_sae = 256; lower --k or raise --d-sae", new),
+        "k above F": (
+            ["train", "topk", str(acts), "--out", str(new), "--k", "512", "--d-sae", "256"],
+            r"k = 512 exceeds d_sae = 256; lower --k or raise --d-sae",
+            new,
+        ),
         "unknown variant": (["train", "topkk", str(acts), "--out", str(new)], "no variant topkk; nearest: topk", new),
-        "train into foreign": (["train", "topk", str(acts), "--out", str(tmp_path)], "is not empty and not a run", None),
-        "other model": (["evaluate", str(copied(sae, tmp_path, model=other))], "SAE was trained on weights sha256:00000000..., .* holds sha256:", None),
-        "index of other model": (["index", str(tmp_path / "other")], "SAE was trained on weights", tmp_path / "other/index"),
+        "train into foreign": (
+            ["train", "topk", str(acts), "--out", str(tmp_path)],
+            "is not empty and not a run",
+            None,
+        ),
+        "other model": (
+            ["evaluate", str(copied(sae, tmp_path, model=other))],
+            "SAE was trained on weights sha256:00000000..., .* holds sha256:",
+            None,
+        ),
+        "index of other model": (
+            ["index", str(tmp_path / "other")],
+            "SAE was trained on weights",
+            tmp_path / "other/index",
+        ),
         "no SAE": (["evaluate", str(tmp_path / "none")], "no such SAE folder", None),
         "not an SAE": (["evaluate", str(acts)], "is not an SAE folder", None),
         "no index": (["feature", str(tmp_path / "other"), "3"], "has no index yet: run  saekit index", None),
@@ -119,13 +172,36 @@ def bad_inputs(tmp_path, tiny_model, tiny_text, acts, sae):
         "browse an empty folder": (["browse", str(tiny_model)], "holds no SAE folder", None),
         "demo into foreign": (["demo", "--no-browser", "--out", str(tiny_model)], "is not empty and not a demo", None),
         "check nothing": (["check", str(tmp_path / "none")], "none", None),
-    }  # fmt: skip
+    }
 
 
-NAMES = ("unknown verb", "no model", "no site", "layer out of range", "no text file", "empty text", "not UTF-8",
-         "unknown extension", "finished store", "foreign out", "no store", "missing store", "k above F", "unknown variant",
-         "train into foreign", "other model", "index of other model", "no SAE", "not an SAE", "no index",
-         "browse without index", "browse nothing", "browse an empty folder", "demo into foreign", "check nothing")  # fmt: skip
+NAMES = (
+    "unknown verb",
+    "no model",
+    "no site",
+    "layer out of range",
+    "no text file",
+    "empty text",
+    "not UTF-8",
+    "unknown extension",
+    "finished store",
+    "foreign out",
+    "no store",
+    "missing store",
+    "k above F",
+    "unknown variant",
+    "train into foreign",
+    "other model",
+    "index of other model",
+    "no SAE",
+    "not an SAE",
+    "no index",
+    "browse without index",
+    "browse nothing",
+    "browse an empty folder",
+    "demo into foreign",
+    "check nothing",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from saekit.demo.baselines import kneser_ney_nats
 
 

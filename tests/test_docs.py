@@ -19,7 +19,12 @@ def test_the_readme_snippet_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
     """The Python flow of the README, word for word, with a tiny model and text in the place of GPT-2's."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "sk.collect" in block)
-    swaps = {'"gpt2"': repr(str(tiny_model)), "blocks.6.hook_resid_post": "blocks.1.hook_resid_post", '"data/*.jsonl"': repr(str(tiny_text)), "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)"}  # fmt: skip
+    swaps = {
+        '"gpt2"': repr(str(tiny_model)),
+        "blocks.6.hook_resid_post": "blocks.1.hook_resid_post",
+        '"data/*.jsonl"': repr(str(tiny_text)),
+        "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)",
+    }
     for old, new in swaps.items():
         assert old in code
         code = code.replace(old, new)
@@ -30,7 +35,9 @@ def test_the_readme_snippet_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
     assert (tmp_path / "saes/gpt2-topk/evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(path):
     text = (ROOT / path).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
@@ -39,6 +46,9 @@ def test_links_lead_somewhere(path):
 
 def test_the_file_tree_names_every_module():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in [*(ROOT / "saekit").glob("*.py"), *(p for p in (ROOT / "saekit").iterdir() if p.is_dir() and p.name != "__pycache__")]:
+    for path in [
+        *(ROOT / "saekit").glob("*.py"),
+        *(p for p in (ROOT / "saekit").iterdir() if p.is_dir() and p.name != "__pycache__"),
+    ]:
         if path.name != "__init__.py":
             assert path.name in readme, path.name

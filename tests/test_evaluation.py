@@ -21,7 +21,21 @@ def store(tmp_path_factory, tiny_model, tiny_text):
 
 
 def make_sae(W_enc, W_dec, b_enc, b_dec, k):
-    return sk.SAE(sk.TopK(k=k, d_sae=len(W_enc)), W_enc, W_dec, b_enc, b_dec, {"site": SITE, "variant": "topk", "options": {"k": k}, "d_sae": len(W_enc), "d_in": W_enc.shape[1], "signed": False})  # fmt: skip
+    return sk.SAE(
+        sk.TopK(k=k, d_sae=len(W_enc)),
+        W_enc,
+        W_dec,
+        b_enc,
+        b_dec,
+        {
+            "site": SITE,
+            "variant": "topk",
+            "options": {"k": k},
+            "d_sae": len(W_enc),
+            "d_in": W_enc.shape[1],
+            "signed": False,
+        },
+    )
 
 
 def random_sae(store, k=4, F=96, seed=0):

@@ -15,7 +15,13 @@ from saekit.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tiny_model, tiny_text):
-    return sk.collect(tiny_model, site="blocks.0.hook_resid_post", text=tiny_text, out=tmp_path_factory.mktemp("a") / "acts", context=64)
+    return sk.collect(
+        tiny_model,
+        site="blocks.0.hook_resid_post",
+        text=tiny_text,
+        out=tmp_path_factory.mktemp("a") / "acts",
+        context=64,
+    )
 
 
 OPTIONS = {"batch": 256, "epochs": 4, "log_every": 10, "checkpoint_every": 15}
@@ -34,7 +40,21 @@ def test_folder_and_log(store, tmp_path):
     assert steps == 4 * len(store.valid_rows(store.sites, split="train")) // 256
     log = [json.loads(line) for line in open(tmp_path / "sae/metrics.jsonl")]
     assert [line["step"] for line in log] == [1, *range(10, steps, 10), steps][: len(log)]
-    expected = {"step", "tokens", "seconds", "loss", "rec", "fvu", "l0", "dead", "lr", "grad_norm", "budget_unspent", "data_wait", "tokens_per_s"}
+    expected = {
+        "step",
+        "tokens",
+        "seconds",
+        "loss",
+        "rec",
+        "fvu",
+        "l0",
+        "dead",
+        "lr",
+        "grad_norm",
+        "budget_unspent",
+        "data_wait",
+        "tokens_per_s",
+    }
     assert expected <= set(log[-1])
     assert log[-1]["l0"] <= 4.0
     assert len(checkpoints(tmp_path / "sae")) == 2

@@ -13,7 +13,9 @@ from saekit.trainer import InputStatistics, Trainer, generator
 
 def dense_gradients(trainer, x_BD, dead=None):
     """Gradients of L = rec + aux·AuxK by autograd on dense codes, and the losses."""
-    W_enc, W_dec, b_enc, b_dec = (trainer.parameters()[n].double().clone().requires_grad_() for n in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    W_enc, W_dec, b_enc, b_dec = (
+        trainer.parameters()[n].double().clone().requires_grad_() for n in ("W_enc", "W_dec", "b_enc", "b_dec")
+    )
     x = x_BD.double()
     pre = (x - b_dec) @ W_enc.T + b_enc
     top = pre.detach().topk(trainer.variant.k, 1).indices
@@ -85,7 +87,7 @@ def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, mo
 def test_auxk_lowers_what_is_left_to_explain(x_BD):
     trainer = Trainer(sk.TopK(k=3, d_sae=64, dead_after=1, aux=1.0, lr=1e-3), d_model=16)
     before = None
-    for _ in range(65):
+    for _ in range(120):
         named = trainer.step(x_BD)
         if "aux" in named:
             before = before or named["aux"].item()

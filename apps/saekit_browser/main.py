@@ -26,24 +26,28 @@ page = st.navigation(
 
 
 def choose_sae():
-    """The selector, where there is something to select; a name in the URL that is not there is said."""
+    """The selector, where there is something to select, and what the SAE is; a name in the URL that is not there is said."""
     known = state.folders()
     names = [f.name for f in known]
     asked = st.query_params.get("sae")
     if asked is not None and asked not in names:
         st.warning(state.literal(f"no SAE named {asked} here; shown is {state.first_good(known).name}"))
-    if len(known) > 1:
-        broken = {f.name for f in known if f.problem}
-        st.selectbox(
-            "SAE",
-            names,
-            index=names.index(state.first_good(known).name),
-            key="sae",
-            bind="query-params",
-            format_func=lambda name: f"{name} — cannot be shown" if name in broken else name,
-            label_visibility="collapsed",
-            width=320,
-        )
+    with st.container(horizontal=True, vertical_alignment="center", gap="medium", key="context"):
+        if len(known) > 1:
+            broken = {f.name for f in known if f.problem}
+            st.selectbox(
+                "SAE",
+                names,
+                index=names.index(state.first_good(known).name),
+                key="sae",
+                bind="query-params",
+                format_func=lambda name: f"{name} — cannot be shown" if name in broken else name,
+                label_visibility="collapsed",
+                width=260,
+            )
+        folder = state.chosen()
+        if folder.problem is None:
+            st.html(state.facts(state.index(), named=len(known) == 1))
 
 
 try:

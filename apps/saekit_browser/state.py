@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
+import numpy as np
 import streamlit as st
 
 from saekit.browse import find_saes
 from saekit.errors import SaekitError
-from saekit.feature_index import FeatureIndex, open_index
-from saekit.sae import read_config
+from saekit.feature_index import FeatureIndex, open_index, render
 
 VIEWS = Path(__file__).parent / "views"
 OVERVIEW, FEATURES, FEATURE, PROMPT = (str(VIEWS / f"{name}.py") for name in ("overview", "features", "feature", "prompt"))
@@ -84,7 +85,6 @@ def folders() -> list[Folder]:
         if not path.resolve().is_relative_to(root):
             continue
         try:
-            read_config(path)
             _reader(path)
             problem = None
         except SaekitError as error:
@@ -147,7 +147,31 @@ def model(name: str):
     return load_model(name)
 
 
+def digest(*parts) -> str:
+    """A short name for values, such as the key of a widget that belongs to them."""
+    return sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def open_feature(number: int):
+    """Shows a feature on its page; the address carries the list it was opened from, so that a reload keeps it."""
+    parameters = {"feature": str(number)}
+    if len(folders()) > 1:
+        parameters["sae"] = chosen().name
+    if listing := to_link():
+        parameters["list"] = listing
+    st.switch_page(FEATURE, query_params=parameters)
+
+
 # words
+
+
+def facts(idx: FeatureIndex, *, named: bool) -> str:
+    """One line of HTML: which SAE this is."""
+    m = idx.manifest
+    model = (m.get("model") or {}).get("id") or "a model without a name"
+    parts = (m["variant"], f"{m['F']:,} features", f"{m['site']} of {Path(model).name}", f"{m['E']:,} tokens")
+    name = f"<b>{render.escape(idx.name)}</b> · " if named else ""
+    return render.fragment(f'<p class="q">{name}{render.escape(" · ".join(parts))}</p>')
 
 
 def literal(text: str) -> str:
@@ -219,25 +243,46 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def listed(idx: FeatureIndex):
-    """(rows of page Features as a FeatureTable in their order, the hits behind a query or None)."""
+class Found(NamedTuple):
+    features: np.ndarray
+    """Feature numbers in the order of page Features (int64)."""
+    hits: dict
+    """Hit of each found feature where a query was typed, else empty."""
+
+
+def found(idx: FeatureIndex, keep: int | None = None) -> Found:
+    """What page Features lists now, and `keep` even if a label that was just written would drop it from the list."""
     known = remembered()
-    query, hits = known["q"].strip(), None
-    if query:
-        hits = search(idx, query)
-    labelled = {"all": None, "labelled": True, "unlabelled": False}[known["label"]]
-    table = idx.table(
-        ("-" if known["desc"] else "") + known["sort"],
-        alive=True if known["alive"] else None,
-        flag=known["flag"],
-        labelled=labelled,
-        density=(known["dmin"], known["dmax"]),
-    )
-    if hits is not None:
-        # found features stay in the order of how well they match
-        allowed = set(table.features.tolist())
-        table.features = _array([h.feature for h in hits if h.feature in allowed])
-    return table, hits
+    # labels are searched too, so a query is asked again when they change
+    hits = _hits(idx, idx.fingerprint, _age(idx.labels.path), known["q"].strip())
+    choices = (known["sort"], known["desc"], known["alive"], known["dmin"], known["dmax"], tuple(known["flag"]))
+    features = _filtered(idx, idx.fingerprint, choices)
+    if known["q"].strip():
+        # what a query found stays in the order of how well it matches
+        matched = np.fromiter(hits, np.int64, len(hits))
+        features = matched[np.isin(matched, features)]
+    if known["label"] != "all":
+        named = [j for j, e in idx.labels.all().items() if e.label]
+        keep_F = np.isin(features, named) == (known["label"] == "labelled")
+        features = features[keep_F | (features == keep)]
+    return Found(features, hits)
+
+
+def _age(path: Path) -> int:
+    """Changes when a label is written: of the database or of its write-ahead log."""
+    return sum(p.stat().st_mtime_ns for p in (path, path.with_name(path.name + "-wal")) if p.is_file())
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def _filtered(_idx: FeatureIndex, fingerprint: str, choices: tuple) -> np.ndarray:
+    sort, desc, alive, dmin, dmax, flag = choices
+    order = ("-" if desc else "") + sort
+    return _idx.table(order, alive=True if alive else None, flag=flag, density=(dmin, dmax)).features
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def _hits(_idx: FeatureIndex, fingerprint: str, age: int, query: str) -> dict:
+    return {h.feature: h for h in search(_idx, query)} if query else {}
 
 
 def search(idx: FeatureIndex, query: str):
@@ -247,9 +292,3 @@ def search(idx: FeatureIndex, query: str):
     if match := re.fullmatch(r"like:\s*([\d,]{1,12})", query):
         return idx.search(like=int(match[1].replace(",", "")), limit=SEARCH_LIMIT)
     return idx.search(query, limit=SEARCH_LIMIT)
-
-
-def _array(numbers: list[int]):
-    import numpy as np
-
-    return np.array(numbers, dtype=np.int64)

@@ -26,7 +26,7 @@ def kneser_ney_nats(train: np.ndarray, held: np.ndarray, order: int = 5) -> floa
     for n in range(1, order + 1):
         codes, counts = grams[n]
         ones, twos = (counts == 1).sum(), (counts == 2).sum()
-        discount = ones / (ones + 2 * twos)
+        discount = ones / (ones + 2 * twos) if ones else 0.5
         contexts, first = np.unique(codes >> BITS, return_index=True)
         total = np.add.reduceat(counts, first)
         kinds = np.diff(np.append(first, len(codes)))
@@ -61,9 +61,14 @@ def main():
     held_ids = joined(tokenizer, held)
     nats = kneser_ney_nats(joined(tokenizer, train), held_ids)
     print(f"5-gram: {nats:.4f} nats per token, {nats * len(held_ids) / math.log(2) / len(raw):.4f} bits per byte")
-    size = {name: len(lzma.compress(data, preset=9)) for name, data in (("held", raw), ("train", before), ("both", before + raw))}
-    print(f"xz -9: {8 * size['held'] / len(raw):.4f} bits per byte alone, "
-          f"{8 * (size['both'] - size['train']) / len(raw):.4f} after the training text")  # fmt: skip
+    size = {
+        name: len(lzma.compress(data, preset=9))
+        for name, data in (("held", raw), ("train", before), ("both", before + raw))
+    }
+    print(
+        f"xz -9: {8 * size['held'] / len(raw):.4f} bits per byte alone, "
+        f"{8 * (size['both'] - size['train']) / len(raw):.4f} after the training text"
+    )
 
 
 if __name__ == "__main__":

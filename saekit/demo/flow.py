@@ -38,7 +38,10 @@ def run_demo(out: Path, say: Callable[[str], None] = print):
         say(f"\n$ {command}" + ("   (finished before)" if done else ""))
         return not done
 
-    if stage(f"saekit collect {MODEL} --site {SITE} --text {TEXT} --tokens {TOKENS} --out {acts}", (acts / "manifest.json").is_file()):
+    if stage(
+        f"saekit collect {MODEL} --site {SITE} --text {TEXT} --tokens {TOKENS} --out {acts}",
+        (acts / "manifest.json").is_file(),
+    ):
         sk.collect(MODEL, site=SITE, text=TEXT, tokens=TOKENS, out=acts)
     store = sk.open_store(acts)
     if stage(f"saekit train topk {acts} --k {K} --epochs {EPOCHS} --out {folder}", (folder / "config.json").is_file()):

@@ -35,7 +35,10 @@ def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> PreTrainedToken
     """A byte-level BPE of `vocabulary` tokens, ids 0 and 1 being BOS and EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -47,7 +50,11 @@ def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> PreTrainedToken
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False, model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )
 
 
@@ -159,8 +166,11 @@ def main():
     tokenizer = train_tokenizer(train)
     stream, held_stream = joined(tokenizer, train), joined(tokenizer, held)
     held_bytes = sum(len(t.encode()) for t in held)
-    print(f"{len(train)} training documents, {len(stream):,} tokens; {len(held)} held out, {len(held_stream):,} tokens, "
-          f"{held_bytes / len(held_stream):.3f} bytes per token", flush=True)  # fmt: skip
+    print(
+        f"{len(train)} training documents, {len(stream):,} tokens; {len(held)} held out, {len(held_stream):,} tokens, "
+        f"{held_bytes / len(held_stream):.3f} bytes per token",
+        flush=True,
+    )
 
     model = build_model(args, len(tokenizer))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -193,8 +203,11 @@ def main():
         if (step + 1) % 25 == 0:
             seconds = time.time() - start
             log.append({"step": step + 1, "tokens": (step + 1) * args.batch * CONTEXT, "loss": round(running / 25, 4)})
-            print(f"step {step + 1}/{steps} loss {running / 25:.3f} {log[-1]['tokens'] / seconds:,.0f} tokens/s "
-                  f"{seconds / (step + 1) * (steps - step - 1) / 60:.0f} min left", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}/{steps} loss {running / 25:.3f} {log[-1]['tokens'] / seconds:,.0f} tokens/s "
+                f"{seconds / (step + 1) * (steps - step - 1) / 60:.0f} min left",
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 400 == 0 or step + 1 == steps:
             log[-1]["held_out"] = round(nats_per_token(model, held_stream[: 200 * (CONTEXT - 1)]), 4)
@@ -205,11 +218,17 @@ def main():
     bits = nats / math.log(2) * len(held_stream) / held_bytes
     report = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_documents": len(train), "train_tokens": len(stream), "tokens_seen": steps * args.batch * CONTEXT,
-        "held_out_documents": len(held), "held_out_tokens": len(held_stream), "held_out_bytes": held_bytes,
-        "nats_per_token": round(nats, 4), "bits_per_byte": round(bits, 4), "log": log,
+        "train_documents": len(train),
+        "train_tokens": len(stream),
+        "tokens_seen": steps * args.batch * CONTEXT,
+        "held_out_documents": len(held),
+        "held_out_tokens": len(held_stream),
+        "held_out_bytes": held_bytes,
+        "nats_per_token": round(nats, 4),
+        "bits_per_byte": round(bits, 4),
+        "log": log,
         "options": {k: str(v) for k, v in vars(args).items() if k != "out"},
-    }  # fmt: skip
+    }
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"held out: {nats:.4f} nats per token, {bits:.4f} bits per byte")
 

@@ -95,7 +95,9 @@ def _rows(sae: SAE, store, site: str, options: EvaluateOptions) -> tuple[np.ndar
     if not len(rows) or trained_on_all:
         if not options.allow_train_tokens:
             why = "its run read the held-out rows too" if trained_on_all else "it is a single sequence"
-            raise SaekitError(f"{store.path} has no row that the SAE was not trained on ({why}); pass another --store, or --allow-train-tokens")  # fmt: skip
+            raise SaekitError(
+                f"{store.path} has no row that the SAE was not trained on ({why}); pass another --store, or --allow-train-tokens"
+            )
         rows, split = store.valid_rows([site], split="all"), "train"
     return rows[: options.tokens], split
 
@@ -116,8 +118,17 @@ def _count_in_index(sae: SAE, metrics: dict[str, Metric]):
     n = int(index.manifest["E"])
     silent = int((np.asarray(index.column("n")) == 0).sum())
     F = sae.d_sae
-    metrics["alive"] = Metric(1 - silent / F, "share", "higher", n, "alive/1", note=f"of {F:,} features, in the {n:,} tokens of the index")  # fmt: skip
-    metrics["dead_at"] = Metric(float(silent), "features", "lower", n, "dead_at/1", note=f"without a firing in the {n:,} tokens of the index; density below {3 / n:.1g} (95 %)")  # fmt: skip
+    metrics["alive"] = Metric(
+        1 - silent / F, "share", "higher", n, "alive/1", note=f"of {F:,} features, in the {n:,} tokens of the index"
+    )
+    metrics["dead_at"] = Metric(
+        float(silent),
+        "features",
+        "lower",
+        n,
+        "dead_at/1",
+        note=f"without a firing in the {n:,} tokens of the index; density below {3 / n:.1g} (95 %)",
+    )
 
 
 def _warnings_1(sae: SAE, metrics: dict[str, Metric], n: int) -> list[str]:

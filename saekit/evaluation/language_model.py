@@ -65,8 +65,8 @@ def spliced_losses(
             counted = real_BT[:, 1:] & ~torch.isin(target, special)
             where = np.repeat(part, counted.sum(1).cpu().numpy())
             values = {"tokens": np.ones(len(where)), "clean": _nll(clean, target, counted)}
-            for name, replace in runs.items():
-                spliced = lm.replace(ids_BT, site, replace)[:, :-1].float().log_softmax(-1)
+            for name, run in runs.items():
+                spliced = lm.replace(ids_BT, site, run)[:, :-1].float().log_softmax(-1)
                 values[name] = _nll(spliced, target, counted)
                 if name != "mean":
                     divergence = (clean.exp() * (clean - spliced)).sum(-1)
@@ -96,7 +96,9 @@ def _nll(logp_BTV: Tensor, target_BT: Tensor, counted_BT: Tensor) -> np.ndarray:
 
 def _self_test(lm, ids_BT, site, put, reconstruct, clean):
     plain = lm.logits(ids_BT)[:, :-1].float().log_softmax(-1)
-    whole = lm.replace(ids_BT, site, put(lambda x: reconstruct(x) + (x - reconstruct(x))))[:, :-1].float().log_softmax(-1)
+    whole = (
+        lm.replace(ids_BT, site, put(lambda x: reconstruct(x) + (x - reconstruct(x))))[:, :-1].float().log_softmax(-1)
+    )
     for name, other in (("the activation itself", clean), ("reconstruction plus error", whole)):
         worst = (plain - other).abs().max().item()
         if not worst <= IDENTITY_TOLERANCE:

@@ -95,16 +95,44 @@ class Reconstruction:
         D = self.sae.d_in
         return {
             "fvu": metric(fvu, "ratio", "lower", "fvu", baselines={"mean": 1.0, "pca_l0": max(0.0, 1 - top / spread)}),
-            "l0": metric(l0, "features/token", "none", "l0", note=f"5/50/95 %: {quantiles[0]}/{quantiles[1]}/{quantiles[2]}, sd {max(0.0, b.total('l0_sq') / T - l0[0] ** 2) ** 0.5:.2f}"),  # fmt: skip
+            "l0": metric(
+                l0,
+                "features/token",
+                "none",
+                "l0",
+                note=f"5/50/95 %: {quantiles[0]}/{quantiles[1]}/{quantiles[2]}, sd {max(0.0, b.total('l0_sq') / T - l0[0] ** 2) ** 0.5:.2f}",
+            ),
             "alive": metric((alive, None), "share", "higher", "alive", note=f"of {F:,} features, in {T:,} tokens"),
-            "dead_at": metric((float((self.firings == 0).sum()), None), "features", "lower", "dead_at", note=f"without a firing in {T:,} tokens; density below {3 / T:.1g} (95 %)"),  # fmt: skip
-            "dense_1": metric((float((density > 0.01).mean()), None), "share", "none", "dense", note=f"fire on over 1 % of tokens; they hold {self.energy[density > 0.01].sum() / energy:.0%} of the energy"),  # fmt: skip
-            "dense_10": metric((float((density > 0.1).mean()), None), "share", "lower", "dense", note=f"fire on over 10 % of tokens; they hold {self.energy[density > 0.1].sum() / energy:.0%} of the energy"),  # fmt: skip
+            "dead_at": metric(
+                (float((self.firings == 0).sum()), None),
+                "features",
+                "lower",
+                "dead_at",
+                note=f"without a firing in {T:,} tokens; density below {3 / T:.1g} (95 %)",
+            ),
+            "dense_1": metric(
+                (float((density > 0.01).mean()), None),
+                "share",
+                "none",
+                "dense",
+                note=f"fire on over 1 % of tokens; they hold {self.energy[density > 0.01].sum() / energy:.0%} of the energy",
+            ),
+            "dense_10": metric(
+                (float((density > 0.1).mean()), None),
+                "share",
+                "lower",
+                "dense",
+                note=f"fire on over 10 % of tokens; they hold {self.energy[density > 0.1].sum() / energy:.0%} of the energy",
+            ),
             "mse": metric((b.total("error") / (T * D), None), "activation²", "lower", "mse"),
             "nmse_token": metric(per_token("ratio"), "ratio", "lower", "nmse_token"),
             "cosine": metric(per_token("cosine"), "–", "higher", "cosine"),
-            "offset": metric((float(np.linalg.norm(self.error_D / T)) / (spread / T) ** 0.5, None), "ratio", "lower", "offset"),  # fmt: skip
-            "norm_ratio": metric((b.ratio("y_norm", "x_norm"), None), "ratio", "none", "norm_ratio", note="1 = no shrinkage"),
+            "offset": metric(
+                (float(np.linalg.norm(self.error_D / T)) / (spread / T) ** 0.5, None), "ratio", "lower", "offset"
+            ),
+            "norm_ratio": metric(
+                (b.ratio("y_norm", "x_norm"), None), "ratio", "none", "norm_ratio", note="1 = no shrinkage"
+            ),
             "gamma": metric((b.ratio("y_sq", "dot"), None), "ratio", "none", "gamma", note="1 = no shrinkage"),
             "l1": metric(per_token("l1"), "activation", "none", "l1"),
         }

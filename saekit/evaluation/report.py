@@ -26,7 +26,9 @@ class Evaluation:
         return entry["value"] if entry else None
 
     def metrics(self) -> dict[str, dict]:
-        return {k: m for tier in sorted(self.content["tiers"]) for k, m in self.content["tiers"][tier]["metrics"].items()}
+        return {
+            k: m for tier in sorted(self.content["tiers"]) for k, m in self.content["tiers"][tier]["metrics"].items()
+        }
 
     def warnings(self) -> list[str]:
         return [w for tier in sorted(self.content["tiers"]) for w in self.content["tiers"][tier]["warnings"]]
@@ -67,7 +69,8 @@ class Evaluation:
             rows.append((key, value, half, m["unit"], "; ".join(p for p in (beside, m["note"]) if p)))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = [
-            f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:<{widths[3]}}  {r[4]}"[:100].rstrip() for r in rows
+            f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:<{widths[3]}}  {r[4]}"[:100].rstrip()
+            for r in rows
         ]
         return "\n".join([lines[0], "─" * min(100, max(map(len, lines))), *lines[1:]])
 
@@ -83,7 +86,12 @@ class Evaluation:
             if old["sae"]["fingerprint"] == self.content["sae"]["fingerprint"] and old["data"] == self.content["data"]:
                 self.content["tiers"] = dict(sorted({**old["tiers"], **self.content["tiers"]}.items()))
         atomic_write(path, pretty_json(self.content))
-        line = {"date": time.strftime("%Y-%m-%d"), "seconds": seconds, "tiers": sorted(seconds), "metrics": {k: m["value"] for k, m in self.metrics().items()}}  # fmt: skip
+        line = {
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": seconds,
+            "tiers": sorted(seconds),
+            "metrics": {k: m["value"] for k, m in self.metrics().items()},
+        }
         with open(folder / "evaluation.history.jsonl", "a", encoding="utf-8") as history:
             history.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -96,7 +104,9 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         raise SaekitError(f"{folder} has no evaluation yet: run  saekit evaluate {folder}")
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise SaekitError(f"{path} has evaluation format {content.get('format_version')}, this saekit reads {FORMAT_VERSION}")
+        raise SaekitError(
+            f"{path} has evaluation format {content.get('format_version')}, this saekit reads {FORMAT_VERSION}"
+        )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if content["sae"]["fingerprint"] != config["fingerprint"]:
         raise SaekitError(f"{path} belongs to another SAE; run  saekit evaluate {folder}")
@@ -105,9 +115,14 @@ def load_evaluation(folder: str | Path) -> Evaluation:
 
 def new_evaluation(config: dict, data: dict, compute: str, torch_version: str) -> Evaluation:
     sae = {
-        "fingerprint": config.get("fingerprint"), "variant": config["variant"], "F": config["d_sae"], "D": config["d_in"],
-        "k": config["options"].get("k"), "signed": config["signed"], "seed": (config.get("provenance") or {}).get("seed"),
-    }  # fmt: skip
+        "fingerprint": config.get("fingerprint"),
+        "variant": config["variant"],
+        "F": config["d_sae"],
+        "D": config["d_in"],
+        "k": config["options"].get("k"),
+        "signed": config["signed"],
+        "seed": (config.get("provenance") or {}).get("seed"),
+    }
     return Evaluation(
         {
             "format": FORMAT,
@@ -133,5 +148,5 @@ def millions(n: int) -> str:
 
 def number(v: float) -> str:
     if v == 0 or 1e-3 <= abs(v) < 1e5:
-        return f"{v:,.0f}" if abs(v) >= 1000 or v == int(v) and abs(v) >= 10 else f"{v:.4g}"
+        return f"{v:,.0f}" if abs(v) >= 1000 or (v == int(v) and abs(v) >= 10) else f"{v:.4g}"
     return f"{v:.2e}"

@@ -8,8 +8,32 @@ build.py is a consumer of `encode_store`, reader.py is `FeatureIndex`, render.py
 or text, labels.py keeps what people write about features.
 """
 
-from saekit.feature_index.build import IndexBuilder, VocabBytes, vocab_bytes
-from saekit.feature_index.labels import Labels
-from saekit.feature_index.reader import Feature, FeatureIndex, open_index
+from importlib import import_module
 
-__all__ = ["Feature", "FeatureIndex", "IndexBuilder", "Labels", "VocabBytes", "open_index", "vocab_bytes"]
+_HOME = {
+    "Feature": "reader",
+    "FeatureIndex": "reader",
+    "open_index": "reader",
+    "Labels": "labels",
+    "IndexBuilder": "build",
+    "build_index": "build",
+    "VocabBytes": "build",
+    "vocab_bytes": "build",
+}
+__all__ = [
+    "Feature",
+    "FeatureIndex",
+    "IndexBuilder",
+    "Labels",
+    "VocabBytes",
+    "build_index",
+    "open_index",
+    "vocab_bytes",
+]
+
+
+def __getattr__(name: str):
+    # Late, because reading an index needs no torch and building one does.
+    if name in _HOME:
+        return getattr(import_module(f"saekit.feature_index.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,7 +221,9 @@ def spread(count: int, k: int, key: int) -> np.ndarray:
     """k distinct numbers below `count`, one drawn from each of k equal parts with an offset hashed from `key`; all if k ≥ count."""
     if k >= count:
         return np.arange(count, dtype=np.int64)
-    offset = (splitmix(np.arange(k, dtype=np.uint64) + np.uint64(key * 1000003 % 2**63)) >> np.uint64(40)).astype(np.int64)
+    offset = (splitmix(np.arange(k, dtype=np.uint64) + np.uint64(key * 1000003 % 2**63)) >> np.uint64(40)).astype(
+        np.int64
+    )
     return ((np.arange(k, dtype=np.int64) << 24) + offset) * count // (k << 24)
 
 
@@ -237,9 +240,7 @@ def open_index(path: str | Path) -> "FeatureIndex":
     if not sae.is_dir():
         raise SaekitError(f"no such SAE folder: {sae}")
     if not (folder / "manifest.json").is_file():
-        begun = (
-            " (an unfinished build is there)" if (sae / "index.partial").is_dir() or folder.is_dir() else ""
-        )
+        begun = " (an unfinished build is there)" if (sae / "index.partial").is_dir() or folder.is_dir() else ""
         raise SaekitError(f"{sae} has no index yet{begun}: run  {rebuild}")
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -285,12 +286,16 @@ class FeatureIndex:
         self.has_logits = "logits.safetensors" in manifest["files"]
         self.has_neighbours = "neighbours.safetensors" in manifest["files"]
         self.has_map = "map.safetensors" in manifest["files"]
-        self.has_text = manifest["fingerprints"]["tokenizer"] is not None
         self.labels = Labels(path.parent / "labels.sqlite")
         self._files: dict[str, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.manifest["F"]
+
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether tokens can be shown as text; else they are numbers such as `#17`."""
+        return self.manifest["fingerprints"]["tokenizer"] is not None and self.file("vocab")["bytes"].size > 0
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -364,10 +369,7 @@ class FeatureIndex:
         blob, start = vocab["bytes"].tobytes(), vocab["start"].tolist()
         if not self.has_text:
             return [f"#{i}".encode() for i in range(len(start) - 1)]
-        return [
-            blob[a:b] if b > a else f"id {i}, no token".encode()
-            for i, (a, b) in enumerate(zip(start, start[1:], strict=False))
-        ]
+        return [blob[a:b] if b > a else f"id {i}, no token".encode() for i, (a, b) in enumerate(pairwise(start))]
 
     def pieces(self, tokens: Iterable[int]) -> tuple[bytes, ...]:
         """Raw bytes of token ids; `id 311, no token` and `#17` where there are none."""
@@ -454,7 +456,9 @@ class FeatureIndex:
             raise SaekitError(f"position {position:,} does not exist; this index has 0 to {self.n_tokens - 1:,}")
         table = self.file("by_token")
         a, b = table["start"][position], table["start"][position + 1]
-        return Firings(table["feature"][a:b].astype(np.int64), table["value"][a:b].astype(np.float32) * np.float32(self.scale))
+        return Firings(
+            table["feature"][a:b].astype(np.int64), table["value"][a:b].astype(np.float32) * np.float32(self.scale)
+        )
 
     def counts_at(self, positions: np.ndarray) -> np.ndarray:
         """How often each feature fires on the given positions [F] int64. Fast with `by_token`, a full scan without."""
@@ -654,7 +658,9 @@ class FeatureIndex:
                 env={k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")},
             )
         except subprocess.TimeoutExpired:
-            raise SaekitError(f"/{regex}/ takes longer than {REGEX_SECONDS:.0f} s on the vocabulary; simplify it") from None
+            raise SaekitError(
+                f"/{regex}/ takes longer than {REGEX_SECONDS:.0f} s on the vocabulary; simplify it"
+            ) from None
         answer = json.loads(done.stdout or '{"error": "it could not be run"}')
         if "error" in answer:
             raise SaekitError(f"/{regex}/ is not a regular expression: {answer['error']}")
@@ -693,7 +699,9 @@ class FeatureIndex:
             ids = [lm.tokenizer.bos_token_id, *ids]
         limit = context.get("length")
         if limit and len(ids) > limit:
-            raise SaekitError(f"the text has {len(ids):,} tokens, the SAE was trained on contexts of {limit:,}; shorten it")
+            raise SaekitError(
+                f"the text has {len(ids):,} tokens, the SAE was trained on contexts of {limit:,}; shorten it"
+            )
         with torch.no_grad():
             x_TD = lm.capture(torch.tensor([ids]), [self.site])[self.site][0].float().to(sae.W_enc.device)
             codes = sae.encode(x_TD)
@@ -726,7 +734,9 @@ class FeatureIndex:
                 while block := file.read(1 << 22):
                     digest.update(block)
             if digest.hexdigest() != entry["sha256"]:
-                problems.append(f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}")
+                problems.append(
+                    f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}"
+                )
         if problems:
             return problems
         codes, n = self.file("codes"), self.column("n")
@@ -767,7 +777,7 @@ class FeatureTable:
         return len(self.features)
 
     def __iter__(self):
-        columns = self.to_dict()
+        columns = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self.to_dict().items()}
         for i in range(len(self)):
             yield {name: column[i] for name, column in columns.items()}
 
@@ -978,7 +988,11 @@ class Feature:
     def tokens(self, k: int = 16) -> list[TokenCount]:
         """The tokens it fires on most often (at most 16), with precision and recall."""
         examples, out = self.index.file("examples"), []
-        pairs = zip(examples["token_id"][self.number, :k].tolist(), examples["token_fires"][self.number, :k].tolist(), strict=True)
+        pairs = zip(
+            examples["token_id"][self.number, :k].tolist(),
+            examples["token_fires"][self.number, :k].tolist(),
+            strict=True,
+        )
         for token, count in pairs:
             if token == ABSENT:
                 break

@@ -43,6 +43,7 @@ _OPTIONS = {
     "special_tokens.prepend_bos": "--bos",
     "special_tokens.dropped_ids": "--drop-ids",
     "text.source": "--text",
+    "sites": "--site",
 }
 
 
@@ -178,9 +179,6 @@ class StoreWriter:
                 "go on where it was begun, or choose another --out"
             )
         option = _OPTIONS.get(field) or "--" + field.rsplit(".", 1)[-1].replace("_", "-")
-        if field.startswith("sites."):
-            # A site name holds dots itself.
-            option = f"{field.removeprefix('sites.')} of --site"
         raise SaekitError(f"{out} was begun with {option} {was}, now {now}; use the first settings or a new --out")
 
     def _whole(self, record: dict) -> bool:
@@ -373,9 +371,7 @@ def _first_difference(first, now, field: str = "") -> tuple[str, object, object]
 
 
 def _plain(value) -> str:
-    if isinstance(value, dict):
-        return ", ".join(value)
-    if isinstance(value, list):
+    if isinstance(value, dict | list):
         return " ".join(map(str, value)) or "nothing"
     return "nothing" if value is None else str(value)
 

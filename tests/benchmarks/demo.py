@@ -1,6 +1,6 @@
 """How long a new user waits: `saekit --help` beside `import torch`, and the whole demo with its peak memory.
 
-    python tests/benchmarks/demo.py [--skip-demo]
+python tests/benchmarks/demo.py [--skip-demo]
 """
 
 import json

@@ -1,0 +1,125 @@
+"""Every feature as a row: search, filter, sort; a click opens the feature."""
+
+import streamlit as st
+
+from saekit.feature_index.reader import FeatureTable
+from saekit_browser import state
+
+# Streamlit loads longer tables piecewise, and such tables can neither be searched nor clicked
+MOST_ROWS = 20_000
+
+
+@state.shown
+def page():
+    idx = state.index()
+    if "feature" in st.query_params:
+        # opening a feature leaves an address between the two pages in the history; Back ends there first
+        for key, value in state.remembered().items():
+            st.session_state[key] = value
+    st.title("Features", anchor=False)
+    controls(idx)
+    listing(idx)
+
+
+def controls(idx):
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.text_input(
+            "Search",
+            key="q",
+            bind="query-params",
+            type="search",
+            max_chars=200,
+            placeholder="a word, /regex/ on tokens, or like:123",
+            help="Looks in labels and notes, then exact tokens, then the text. A regular expression between slashes matches "
+            "token strings; like:123 finds decoder rows near feature 123.",
+        )
+        st.selectbox("Sort by", list(state.SORTS), key="sort", bind="query-params", format_func=state.SORTS.get, width=230)
+        st.toggle("Largest first", value=True, key="desc", bind="query-params")
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium", key="filters"):
+        st.pills("Only", state.FLAGS, selection_mode="multi", key="flag", bind="query-params")
+        st.segmented_control("Labels", state.LABELLED, default="all", required=True, key="label", bind="query-params")
+        for key, label in (("dmin", "Density from"), ("dmax", "to")):
+            st.number_input(
+                label, 0.0, 1.0, None, 0.001, key=key, bind="query-params", format="%.3g", placeholder="any", width=96
+            )
+        st.toggle("Hide silent features", value=True, key="alive", bind="query-params")
+
+
+def listing(idx):
+    features, hits = state.found(idx)
+    few = features[:MOST_ROWS] if len(features) > 150_000 else features
+    table = FeatureTable(idx, few, columns(idx), idx.labels.all())
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        cut = f"; the first {MOST_ROWS:,} are shown" if len(few) < len(features) else ""
+        st.caption(f"{len(features):,} of {len(idx):,} features{cut}. Click a row to open it.")
+        st.download_button(
+            "CSV",
+            lambda: FeatureTable(idx, features, (*columns(idx)[:-1], "flags_text"), idx.labels.all()).to_csv(),
+            file_name=f"{idx.name}-features.csv",
+            mime="text/csv",
+            icon=":material/download:",
+            type="tertiary",
+        )
+    if not len(few):
+        st.info("No feature passes these filters.", icon=":material/filter_alt_off:")
+        return
+    frame = table.to_pandas()
+    if idx.signed:
+        n_pos = idx.column("n_pos")[few] / idx.column("n")[few].clip(min=1)
+        frame.insert(frame.columns.get_loc("n") + 1, "positive", n_pos)
+    frame["density"] *= 100
+    frame["energy"] *= 100
+    if hits:
+        found = [hits[j] for j in few.tolist()]
+        frame.insert(2, "found", [h.where for h in found])
+        frame.insert(3, "match", [h.score for h in found])
+    event = st.dataframe(
+        frame,
+        hide_index=True,
+        height=min(720, 38 + 35 * len(frame)),
+        column_config=configuration(),
+        placeholder="",
+        # a selection belongs to the rows it was made in: other rows are another table
+        key=f"table-{state.digest(idx.fingerprint, state.remembered())}",
+        on_select="rerun",
+        selection_mode="single-cell",
+        alt="Table of features; each row opens the feature",
+    )
+    if event.selection.cells:
+        row = event.selection.cells[0][0]
+        state.open_feature(int(few[row]))
+
+
+def columns(idx) -> tuple[str, ...]:
+    logits = ("up", "down") if idx.has_logits else ()
+    return (
+        "feature", "label", "density", "n", "bar", "top_text", "top_token_share", *logits,
+        "token_entropy", "energy", "max_dec_cos", "flags_text",
+    )  # fmt: skip
+
+
+def configuration() -> dict:
+    c = st.column_config
+    return {
+        "feature": c.NumberColumn("Feature", format="%d", pinned=True, width=80),
+        "label": c.TextColumn("Label", width="medium"),
+        "found": c.TextColumn("Found in", width="small"),
+        "match": c.NumberColumn("Match", format="%.2f", width="small", help="F1 of “fires iff found here”; cosine for like:"),
+        "density": c.NumberColumn("Density %", format="%.3f", help="Share of encoded tokens it fires on", width=90),
+        "n": c.NumberColumn("Firings", format="localized", width=90),
+        "positive": c.ProgressColumn("Positive", format="percent", min_value=0, max_value=1, width=100),
+        "bar": c.BarChartColumn("Codes", y_min=0, y_max=1, width=110, help="Histogram of the codes, 16 bins"),
+        "top_text": c.TextColumn("Top token", width=110),
+        "top_token_share": c.ProgressColumn(
+            "of its firings", format="percent", min_value=0, max_value=1, width=120, color="primary"
+        ),
+        "up": c.TextColumn("Raises", width=110, help="Token whose logit its decoder row raises most"),
+        "down": c.TextColumn("Lowers", width=110),
+        "token_entropy": c.NumberColumn("Entropy, bits", format="%.1f", width=100, help="Variety of the tokens it fires on"),
+        "energy": c.NumberColumn("Energy %", format="%.2f", width=90, help="Share of Σ a²‖d‖² over all features"),
+        "max_dec_cos": c.NumberColumn("Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row"),
+        "flags_text": c.TextColumn("Flags", width="medium"),
+    }
+
+
+page()

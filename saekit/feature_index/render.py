@@ -1,0 +1,641 @@
+"""The one renderer: what the reader returns, as HTML or text. Data in, a string out; no file, no torch, no framework.
+
+    fragment(header_html(f), numbers_html(f), histogram_html(f.histogram))    # style and root element around any panels
+    feature_html(f, view="top", zoom="snippet", sign="both")                  # the whole feature
+    feature_text(f, ansi=True)                                                # for the terminal
+    document("ten features", [f.html() for f in features])                    # one file that opens from disk
+
+Every `*_html` but `feature_html` returns inner markup for `fragment`. Only firing tokens get an element with a title; text
+on which the feature is silent stays text. All data pass through `escape`. No script, no link out, no inline SVG: a page
+that allows `div span b i table details` and a `style` block shows all of it.
+"""
+
+import html
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+STEPS = 8
+ORANGE, BLUE = "#E66101", "#4393C3"
+
+# Text keeps its colour and backgrounds stay translucent, so the same rules serve light and dark pages.
+_RULES = """
+--c:230 97 1;--g:color-mix(in srgb,currentColor 14%,#0000);
+font-size:14px;line-height:1.5;font-variant-numeric:tabular-nums;
+h2,h3{font-size:26px;line-height:1.3;margin:0;padding:0}
+h3{font-size:15px;margin-bottom:6px}
+p{margin:4px 0}
+.q,th{opacity:.76;font-weight:400}
+.q,.tag,table{font-size:13px}
+.lead{font-size:17px}
+.tag{border:1px solid var(--g);border-radius:9px;padding:0 8px;margin-right:6px}
+.cols{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--w,300px)),1fr));gap:22px 36px;margin:16px 0}
+.wide{--w:460px}
+.stat{--w:98px;gap:12px 18px;padding:12px 0;border:solid var(--g);border-width:1px 0}
+.stat *{display:block}
+.stat b{font-size:19px}
+.hist{display:flex;align-items:end;height:120px;gap:1px;border-bottom:1px solid}
+.hist i{flex:1}
+.hist i,.bar i{background:rgb(var(--c)/.8)}
+.rule{position:relative;height:14px}
+.rule i{position:absolute;top:4px;height:5px;background:var(--g)}
+.rule .m{outline:1px solid}
+.ends{display:flex;place-content:space-between}
+table{border-collapse:collapse;width:100%;margin:0}
+td,th{padding:1px 8px 1px 0;border:0;text-align:right}
+td:first-child,th:first-child{text-align:left}
+.bar{width:34%}
+.bar i{display:block;height:8px;border-radius:2px}
+.t,.x{font:13px/1.65 ui-monospace,Menlo,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+.t *,.x *{unicode-bidi:isolate}
+.x{display:grid;grid-template-columns:58px 1fr;gap:0 12px;padding:4px 0;border-bottom:1px solid var(--g)}
+.k{grid-template-columns:58px 2fr 3fr;gap:0;white-space:pre;border:0;padding:0}
+.k>*{overflow:hidden}
+.k .l{display:flex;place-content:end;margin-left:12px}
+.v{text-align:right;font-weight:600}
+i{font-style:normal}
+.t i,.x i{opacity:.4}
+.x .v,.x .s{opacity:.9}
+b[class]{background:rgb(var(--c)/var(--a));border-radius:3px;font-weight:400}
+.q b{border-radius:0}
+b.m,span.m{font-weight:700;text-decoration:underline}
+[class^=n]{--c:67 147 195}
+"""
+STYLE = (
+    "<style>.saekit{"
+    + _RULES.replace("\n", "")
+    + "".join(f"[class*='{i}']{{--a:.{i}}}" for i in range(1, STEPS + 1))
+    + "}</style>"
+)
+
+
+def escape(text: str) -> str:
+    """The only way from data into markup."""
+    return html.escape(text, quote=True)
+
+
+def fragment(*parts: str) -> str:
+    """Panels inside the root element, with the style they need."""
+    return f'{STYLE}<div class="saekit">{"".join(parts)}</div>'
+
+
+def document(title: str, fragments: Iterable[str], provenance: str = "") -> str:
+    """One HTML file around finished fragments; opens from disk, light or dark as the reader's system is."""
+    body = "<hr>".join(fragments)
+    end = f'<div class="saekit"><p class="q">{escape(provenance)}</p></div>' if provenance else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}'
+        "body{margin:32px auto;padding:0 24px;max-width:1180px;font-family:system-ui,sans-serif;"
+        "background:light-dark(#fff,#0e1117);color:light-dark(#31333f,#fafafa)}hr{border:0;margin:40px 0}</style>"
+        f"</head><body>{body}{end}</body></html>\n"
+    )
+
+
+# numbers
+
+
+def number(x: float, digits: int = 3) -> str:
+    """Three significant digits with a true minus; a dash for what is not defined."""
+    if x is None or math.isnan(x):
+        return "–"
+    if x == 0:
+        return "0"
+    size = math.floor(math.log10(abs(x)))
+    if size < -4 or size > 6:
+        return f"{x / 10.0**size:.{digits - 1}f}·10{_superscript(size)}".replace("-", "−")
+    return f"{x:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def code(x: float, scale: float) -> str:
+    """A code with as many decimals as give the largest magnitude `scale` three digits, so that a column of them is aligned."""
+    if scale <= 0 or not 1e-3 < scale < 1e7:
+        return number(x)
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(scale)))}f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """`12.3 %`; below a hundredth of a percent as a power of ten."""
+    if share is None or math.isnan(share):
+        return "–"
+    return f"{number(100 * share)} %" if share == 0 or share >= 1e-4 else number(share, 2)
+
+
+def _two(x: float) -> str:
+    return f"{x:.2f}".replace("-", "−")
+
+
+def _superscript(n: int) -> str:
+    return str(n).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+# tokens
+
+MARKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+
+
+def visible(piece: bytes) -> str:
+    """A token as text: white space shown as ␣ ↵ ⇥ where alone or doubled, control characters as code points, stray bytes as \\xff."""
+    return _shown(piece.decode("utf-8", errors="backslashreplace"))
+
+
+def _shown(text: str) -> str:
+    out = []
+    for i, c in enumerate(text):
+        if c in "\n\t":
+            out.append(MARKS[c])
+        elif c == " ":
+            doubled = text[i - 1 : i] == " " or text[i + 1 : i + 2] == " " or not text.strip()
+            out.append("␣" if doubled else " ")
+        elif c == "\r":
+            out.append("␍")
+        elif (
+            unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn")
+            or c in "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+        ):
+            out.append(f"\\u{ord(c):04x}")
+        else:
+            out.append(c)
+    return "".join(out)
+
+
+def units(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Ranges [a, b) of tokens that are shown as one: neighbours that only together form a character."""
+    out, begin, missing = [], 0, 0
+    for i, piece in enumerate(pieces):
+        if i > begin and not (missing and piece[:1] and 0x80 <= piece[0] < 0xC0):
+            out.append((begin, i))
+            begin, missing = i, 0
+        for byte in piece:
+            if 0x80 <= byte < 0xC0:
+                missing = max(0, missing - 1)
+            else:
+                missing = 3 if byte >= 0xF0 else 2 if byte >= 0xE0 else 1 if byte >= 0xC0 else 0
+    if begin < len(pieces):
+        out.append((begin, len(pieces)))
+    return out
+
+
+def step(value: float, scale: float) -> str:
+    """Class of a firing token: `p1` to `p8`, or `n1` to `n8` for a negative code."""
+    size = min(STEPS, max(1, math.ceil(STEPS * abs(value) / scale))) if scale > 0 else STEPS
+    return f"{'p' if value > 0 else 'n'}{size}"
+
+
+def _plain(text: str, breaks: bool) -> str:
+    """Silent text: white-space marks are set faint, and a run of right-to-left text is isolated."""
+    out, faint = [], False
+    shown = text if breaks else _shown(text)
+    if breaks:
+        # the whole-sequence view keeps line breaks and indentation as they are
+        shown = "".join(c if c in "\n\t " else _shown(c) for c in text)
+    for c in shown:
+        mark = c in "␣↵⇥␍" or (breaks and c == "\n")
+        if mark != faint:
+            out.append("<i>" if mark else "</i>")
+            faint = mark
+        out.append("↵\n" if mark and c == "\n" else escape(c))
+    if faint:
+        out.append("</i>")
+    joined = "".join(out)
+    if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text):
+        return f"<span>{joined}</span>"
+    return joined
+
+
+def tokens_html(
+    pieces: Sequence[bytes],
+    codes: Sequence[float],
+    scale: float,
+    *,
+    positions: Sequence[int] | None = None,
+    special: Sequence[bool] | None = None,
+    encoded: Sequence[bool] | None = None,
+    first: int = 0,
+    last: int | None = None,
+    strongest: int | None = None,
+    rank: int | None = None,
+    document: str = "",
+    breaks: bool = False,
+) -> str:
+    """Tokens `first` to `last` as inline markup, firing ones coloured by |code| / scale in eight steps.
+
+    `strongest` (default: the largest magnitude of all) is bold and underlined; `rank` and `document` go into its title.
+    """
+    codes = [float(c) for c in codes]
+    last = len(pieces) if last is None else last
+    if strongest is None:
+        strongest = max(range(len(codes)), key=lambda i: abs(codes[i]), default=-1)
+    out, silent = [], []
+
+    def flush():
+        if silent:
+            out.append(_plain(b"".join(silent).decode("utf-8", errors="backslashreplace"), breaks))
+            silent.clear()
+
+    for a, b in units(pieces[first:last]):
+        a, b = a + first, b + first
+        at = max(range(a, b), key=lambda i: abs(codes[i]))
+        text = b"".join(pieces[a:b])
+        if codes[at] != 0:
+            flush()
+            title = ", ".join(_title(codes[i], scale, positions[i] if positions is not None else None) for i in range(a, b) if codes[i])  # fmt: skip
+            if at == strongest:
+                title += (f", rank {rank:,}" if rank else "") + (f", {document}" if document else "")
+            mark = " m" if a <= strongest < b and codes[strongest] != 0 else ""
+            shown = escape(visible(text))
+            if breaks and text.endswith(b"\n"):
+                shown += "\n"
+            out.append(f'<b class="{step(codes[at], scale)}{mark}" title="{escape(title)}">{shown}</b>')
+        elif special is not None and special[a]:
+            flush()
+            out.append(f'<i class="s" title="special token, no code">{escape(visible(text))}</i>')
+        elif encoded is not None and not encoded[a]:
+            flush()
+            out.append(f'<i class="s" title="no code was computed here">{escape(visible(text))}</i>')
+        elif a <= strongest < b:
+            # the centre of a near miss is silent and still has to be seen
+            flush()
+            out.append(f'<span class="m" title="silent here">{escape(visible(text))}</span>')
+        else:
+            silent.append(text)
+    flush()
+    return "".join(out)
+
+
+def _title(value: float, scale: float, position: int | None) -> str:
+    share = f", {100 * abs(value) / scale:.0f} % of max" if scale > 0 else ""
+    return f"{code(value, scale)}{share}" + (f", token {int(position):,}" if position is not None else "")
+
+
+def example_html(example, scale: float, zoom: str = "snippet") -> str:
+    """One example as one line (or, for `full`, one paragraph) that starts with its number."""
+    value = f'<i class="v">{code(example.value, scale) if example.value else "–"}</i>'
+    common = {
+        "positions": example.positions,
+        "special": example.special,
+        "encoded": example.encoded,
+        "strongest": example.centre,
+        "rank": example.rank,
+        "document": example.document,
+    }
+    begin = '<i title="the sequence begins here">▏</i>' if example.at_start else "<i>…</i>"
+    end = '<i title="the sequence ends here">▕</i>' if example.at_end else "<i>…</i>"
+    if zoom != "stacked":
+        text = tokens_html(example.pieces, example.codes, scale, breaks=zoom == "full", **common)
+        return f'<div class="x">{value}<div>{begin}{text}{end}</div></div>'
+    # the unit that holds the trigger starts the right column
+    split = next(a for a, b in units(example.pieces) if a <= example.centre < b)
+    left = tokens_html(example.pieces, example.codes, scale, last=split, **common)
+    right = tokens_html(example.pieces, example.codes, scale, first=split, **common)
+    return f'<div class="x k">{value}<div class="l"><div>{begin}{left}</div></div><div>{right}{end}</div></div>'
+
+
+def examples_html(examples: Sequence, scale: float, zoom: str = "snippet", *, title: str = "", note: str = "") -> str:
+    """A list of examples under a heading; the note alone where there are none."""
+    head = f"<h3>{escape(title)}</h3>" if title else ""
+    why = f'<p class="q">{escape(note)}</p>' if note else ""
+    return f"<div>{head}{why}{''.join(example_html(e, scale, zoom) for e in examples)}</div>"
+
+
+def legend_html(scale: float, signed: bool, name: str = "own maximum") -> str:
+    """The eight steps with what they stand for."""
+    plus = "".join(f'<b class="p{i}"> &nbsp; </b>' for i in range(1, STEPS + 1))
+    minus = "".join(f'<b class="n{i}"> &nbsp; </b>' for i in range(STEPS, 0, -1)) if signed else ""
+    low = f"−{number(scale)} " if signed else "0 "
+    return f'<p class="q">{low}<span aria-hidden="true">{minus}{plus}</span> &nbsp;{"+" if signed else ""}{number(scale)} = {escape(name)}</p>'
+
+
+def legend_name(scale: str | float) -> str:
+    return {"own": "largest magnitude of this feature", "p99": "its 99th percentile"}.get(scale, "shared maximum")
+
+
+# panels
+
+
+def header_html(feature, *, title: bool = True) -> str:
+    """Number, label, tags, flags, and where the feature comes from."""
+    index = feature.index
+    entry = feature.entry
+    parts = []
+    if title:
+        parts.append(f"<h2>Feature {feature.number:,}</h2>")
+    if entry.label:
+        parts.append(f'<p class="lead">{escape(entry.label)}</p>')
+    model = (index.manifest.get("model") or {}).get("id") or ""
+    where = " · ".join(p for p in (index.name, index.manifest["variant"], model, index.site) if p)
+    parts.append(f'<p class="q">{escape(where)}</p>')
+    tags = [*(("★ bookmarked",) if entry.bookmarked else ()), *entry.tags, *feature.flags]
+    if tags:
+        parts.append("<p>" + "".join(f'<span class="tag">{escape(t)}</span>' for t in tags) + "</p>")
+    return "".join(parts)
+
+
+def state_line(feature) -> str:
+    """What a reader must know before the numbers: dead, rare, dense, capped, one side empty. Empty if nothing."""
+    n, E = feature.n, feature.index.n_encoded
+    if n == 0:
+        return f"did not fire on {E:,} tokens; density below {number(feature.density_interval[1], 1)} (95 %)"
+    lines = []
+    if n < 10:
+        lines.append(f"fires {n} time{'s' if n > 1 else ''} only: every example is shown, rates are uncertain")
+    if "dense" in feature.flags:
+        lines.append(f"dense: fires on {percent(feature.density)} of tokens")
+    if feature.column("kept") < 1:
+        lines.append(f"capped: shown from {len(feature.positions):,} of {n:,} firings")
+    if "start-of-sequence" in feature.flags:
+        lines.append(f"{percent(feature.column('start_share'))} of firings lie in the first two tokens of a sequence")
+    return "; ".join(lines)
+
+
+def numbers_html(feature) -> str:
+    """Density with its interval, and the numbers beside it."""
+    c, index = feature.column, feature.index
+    low, high = feature.density_interval
+    E = index.n_encoded
+    tiles = [("density", percent(feature.density) if feature.n else f"< {number(high, 1)}", f"{percent(low)} to {percent(high)}" if feature.n else "95 % bound")]  # fmt: skip
+    tiles.append(("fires on", f"{feature.n:,}", f"of {E:,} tokens"))
+    if feature.n:
+        tiles.append(("in", f"{c('n_seq'):,}", f"of {index.n_sequences:,} sequences"))
+        if feature.signed:
+            tiles.append(("positive", percent(c("n_pos") / feature.n), f"largest {number(c('max_pos'))}"))
+            tiles.append(("negative", percent(c("n_neg") / feature.n), f"largest {number(c('max_neg'))}"))
+        else:
+            tiles.append(("largest", number(feature.max), f"median {number(c('q50'))}"))
+        tiles.append(("energy", percent(c("energy")), "of Σ a²‖d‖²"))
+        tiles.append(("token entropy", number(c("token_entropy")), "bits"))
+        tiles.append(("fires among", number(c("crowd")), "features per token"))
+    nearest = c("max_dec_cos")
+    if not math.isnan(nearest):
+        tiles.append(("nearest decoder", number(nearest), f"feature {c('max_dec_feature'):,}"))
+    body = "".join(
+        f'<div><span class="q">{escape(a)}</span><b>{escape(b)}</b><span class="q">{escape(d)}</span></div>'
+        for a, b, d in tiles
+    )
+    return f'<div class="cols stat">{body}</div>'
+
+
+def histogram_html(histogram, quantiles: Sequence[float] | None = None, *, title: str = "Codes where it fires") -> str:
+    """64 bars with heights by the square root of the count, so that the rare strong codes stay visible.
+
+    `quantiles`: q05 q25 q50 q75 q95 of the magnitude, drawn as a ruler below, on both sides for signed codes.
+    """
+    counts, edges = np.asarray(histogram.counts), np.asarray(histogram.edges)
+    top = int(counts.max(initial=0))
+    if top == 0:
+        return f'<div><h3>{escape(title)}</h3><p class="q">no firings</p></div>'
+    low, high = float(edges[0]), float(edges[-1])
+    middle = len(counts) // 2 if low < 0 else 0
+    bars = []
+    for i, count in enumerate(counts.tolist()):
+        height = f"{max(2.0, 100 * math.sqrt(count / top)):.0f}%" if count else "0"
+        side = ' class="n"' if i < middle else ""
+        bars.append(
+            f'<i{side} style="height:{height}" title="{number(edges[i])} to {number(edges[i + 1])}: {count:,}"></i>'
+        )
+    ruler = ""
+    if quantiles is not None and high > 0 and not any(math.isnan(q) for q in quantiles):
+        marks = []
+        for sign in (1, -1) if low < 0 and counts[:middle].any() else (1,):
+            if low < 0 and sign == 1 and not counts[middle:].any():
+                continue
+            at = [100 * (sign * q - low) / (high - low) for q in quantiles]
+            for a, b in ((at[0], at[4]), (at[1], at[3])):
+                marks.append(f'<i style="left:{min(a, b):.1f}%;width:{abs(b - a):.1f}%"></i>')
+            marks.append(f'<i class="m" style="left:{at[2]:.1f}%" title="median {number(quantiles[2])}"></i>')
+        names = zip(("5 %", "25 %", "median", "75 %", "95 %"), quantiles, strict=True)
+        words = escape("magnitude quantiles: " + ", ".join(f"{k} {number(q)}" for k, q in names))
+        ruler = f'<div class="rule" role="img" aria-label="{words}" title="{words}">{"".join(marks)}</div>'
+    label = f"histogram from {number(low)} to {number(high)}, tallest bar {top:,} firings"
+    zero = "<span>0</span>" if low < 0 else ""
+    return (
+        f'<div><h3>{escape(title)}</h3><div class="hist" role="img" aria-label="{escape(label)}">{"".join(bars)}</div>{ruler}'
+        f'<div class="ends q"><span>{number(low)}</span>{zero}<span>{number(high)}</span></div></div>'
+    )
+
+
+def _bar(size: float, top: float, negative: bool = False) -> str:
+    width = 100 * min(1.0, abs(size) / top) if top else 0
+    return f'<td class="{"n " if negative else ""}bar"><i style="width:{width:.0f}%"></i></td>'
+
+
+def _chip(token: str, most: int = 20) -> str:
+    """A token in a table; a long one is cut, and whole in its title."""
+    if len(token) <= most:
+        return f'<span class="t">{escape(token)}</span>'
+    return f'<span class="t" title="{escape(token)}">{escape(token[:most])}…</span>'
+
+
+def _bar_rows(rows: Sequence[tuple[str, float, list[str]]], top: float, negative: bool = False) -> str:
+    return "".join(
+        f"<tr><td>{_chip(name)}</td>{_bar(size, top, negative)}"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, size, cells in rows
+    )
+
+
+def logits_html(logits, k: int = 10) -> str:
+    """Strongest up and down tokens of the decoder row through the unembedding: two panels."""
+    if logits is None:
+        return '<div><h3>Logit weights</h3><p class="q">none in this index: the unembedding was not at hand</p></div>'
+    top = max((abs(t.weight) for t in [*logits.up, *logits.down]), default=0.0)
+    note = f'<p class="q">{escape(logits.note)}</p>' if logits.note else ""
+    panels = []
+    for title, tokens, negative in (
+        ("Raises these logits", logits.up[:k], False),
+        ("Lowers these logits", logits.down[:k], True),
+    ):
+        rows = _bar_rows([(t.text, t.weight, [_two(t.weight)]) for t in tokens], top, negative)
+        panels.append(
+            f"<div><h3>{title}</h3><table><tr><th>token</th><th></th><th>weight</th></tr>{rows}</table>{note}</div>"
+        )
+    return "".join(panels)
+
+
+def token_table_html(tokens: Sequence, k: int = 10, *, title: str = "Tokens it fires on") -> str:
+    """Commonest tokens with the share of firings, and how often the token makes it fire."""
+    if not tokens:
+        return f'<div><h3>{escape(title)}</h3><p class="q">no firings</p></div>'
+    rows = _bar_rows(
+        [(t.text, t.share, [f"{100 * t.share:.1f} %", f"{100 * t.precision:.1f} %"]) for t in tokens[:k]],
+        tokens[0].share,
+    )
+    head = '<tr><th>token</th><th></th><th title="share of the firings that are on this token">of firings</th><th title="share of this token\'s occurrences on which it fires">of token</th></tr>'  # fmt: skip
+    return f"<div><h3>{escape(title)}</h3><table>{head}{rows}</table></div>"
+
+
+def neighbours_html(neighbours: Sequence, kind: str = "decoder", k: int = 10) -> str:
+    """Nearest features with cosine (or NPMI) and label."""
+    title, value = {
+        "decoder": ("Nearest decoder rows", "cosine"),
+        "encoder": ("Nearest encoder rows", "cosine"),
+        "together": ("Fires together with", "NPMI"),
+    }[kind]
+    if not neighbours:
+        return f'<div><h3>{title}</h3><p class="q">none</p></div>'
+    rows = "".join(
+        f'<tr><td>{n.feature:,} <span class="q">{escape(n.label)}</span></td>{_bar(n.value, 1.0, n.value < 0)}'
+        f"<td>{_two(n.value)}</td></tr>"
+        for n in neighbours[:k]
+    )
+    return f"<div><h3>{title}</h3><table><tr><th>feature</th><th></th><th>{value}</th></tr>{rows}</table></div>"
+
+
+VIEW_NAMES = {
+    "top": "Strongest",
+    "quantiles": "From strong to weak",
+    "random": "Drawn at random",
+    "near": "Near misses",
+}
+
+
+def view_html(feature, view: str = "top", zoom: str = "snippet", sign: str = "both", scale: str | float = "own") -> str:
+    """The example panel of one feature: legend, then one column (or one per sign) of examples.
+
+    `view`: top, quantiles, random, near. `zoom`: stacked, snippet, full. `sign`: both, pos, neg. `scale`: own, p99, or a
+    shared maximum.
+    """
+    if feature.n == 0:
+        return ""
+    size = {"own": feature.max, "p99": feature.column("q99")}[scale] if isinstance(scale, str) else float(scale)
+    signs = [s for s in "+-" if (s == "+" or feature.signed) and sign in ("both", "pos" if s == "+" else "neg", s)]
+    legend = legend_html(size, feature.signed, legend_name(scale))
+    columns = []
+    if view == "near":
+        note = (
+            "it is dense: its silence says little" if "dense" in feature.flags
+            else "its commonest tokens where it is silent, sequences in which it fires elsewhere first"
+        )  # fmt: skip
+        columns.append(examples_html(feature.near_misses(16, zoom=zoom), size, zoom, title=VIEW_NAMES[view], note=note))
+    elif view == "random":
+        chosen = "both" if len(signs) != 1 or not feature.signed else signs[0]
+        columns.append(examples_html(feature.random(20, sign=chosen, zoom=zoom), size, zoom, title=VIEW_NAMES[view]))
+    else:
+        for s in signs:
+            name = VIEW_NAMES[view] + ("" if not feature.signed else ", positive" if s == "+" else ", negative")
+            if feature.column("n_pos" if s == "+" else "n_neg") == 0:
+                note = "never positive" if s == "+" else "never negative"
+                columns.append(examples_html([], size, zoom, title=name, note=note))
+            elif view == "top":
+                columns.append(examples_html(feature.top(20, s, zoom=zoom), size, zoom, title=name))
+            else:
+                slices = feature.quantiles(10, 4, s, zoom=zoom)
+                parts = [
+                    examples_html(
+                        x.examples,
+                        size,
+                        zoom,
+                        note=f"{i} of {len(slices)} · {code(x.low, size)} to {code(x.high, size)} · {x.count:,} firings",
+                    )
+                    for i, x in enumerate(slices, 1)
+                ]
+                columns.append(f"<div><h3>{name}</h3>{''.join(parts)}</div>")
+    return f'{legend}<div class="cols wide">{"".join(columns)}</div>'
+
+
+def feature_html(
+    feature, view: str = "top", zoom: str = "snippet", sign: str = "both", scale: str | float = "own"
+) -> str:
+    """Everything about one feature: header, numbers, histogram, logit weights, tokens, neighbours, examples."""
+    state = state_line(feature)
+    quantiles = [feature.column(q) for q in ("q05", "q25", "q50", "q75", "q95")]
+    panels = []
+    if feature.n:
+        panels.append(histogram_html(feature.histogram, quantiles))
+        panels.append(token_table_html(feature.tokens(8), 8))
+    panels.append(neighbours_html(feature.neighbours("decoder", 8), "decoder", 8))
+    panels.append(logits_html(feature.logits(8), 8))
+    if feature.n:
+        panels.append(neighbours_html(feature.neighbours("together", 8), "together", 8))
+    return fragment(
+        header_html(feature),
+        f"<p>{escape(state)}</p>" if state else "",
+        numbers_html(feature),
+        f'<div class="cols">{"".join(panels)}</div>',
+        view_html(feature, view, zoom, sign, scale),
+        f'<p class="q">{escape(entry_notes)}</p>' if (entry_notes := feature.notes) else "",
+    )
+
+
+# the terminal
+
+ANSI = {
+    "p": (230, 229, 223, 222, 221, 215, 214, 208),
+    "n": (195, 159, 153, 117, 111, 75, 74, 68),
+}
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def example_text(example, scale: float, ansi: bool = False) -> str:
+    """One example on one line: number, then text with the firing tokens coloured, or the trigger in «» without ANSI."""
+    out = []
+    for a, b in units(example.pieces):
+        at = max(range(a, b), key=lambda i: abs(float(example.codes[i])))
+        value = float(example.codes[at])
+        text = visible(b"".join(example.pieces[a:b]))
+        if ansi and value:
+            kind = step(value, scale)
+            bold = "1;" if a <= example.centre < b else ""
+            text = f"\x1b[{bold}30;48;5;{ANSI[kind[0]][int(kind[1]) - 1]}m{text}\x1b[0m"
+        elif not ansi and a <= example.centre < b:
+            text = f"«{text}»"
+        out.append(text)
+    start, end = ("" if example.at_start else "…"), ("" if example.at_end else "…")
+    return f"{code(example.value, scale):>8}  {start}{''.join(out)}{end}"
+
+
+def feature_text(feature, ansi: bool = False, k: int = 10) -> str:
+    """The feature for a terminal; plain, or with ANSI colours."""
+    index, c = feature.index, feature.column
+    bold = (lambda s: f"\x1b[1m{s}\x1b[0m") if ansi else (lambda s: s)
+    lines = [bold(f"Feature {feature.number:,}") + f" · {index.name} · {index.manifest['variant']} · {index.site}"]
+    entry = feature.entry
+    if entry.label:
+        lines.append(_shown(entry.label))
+    tags = [*entry.tags, *feature.flags]
+    if tags:
+        lines.append(_shown("  ".join(f"[{t}]" for t in tags)))
+    if state := state_line(feature):
+        lines.append(state)
+    lines.append("")
+    if feature.n:
+        low, high = feature.density_interval
+        lines.append(
+            f"density {percent(feature.density)} ({percent(low)} to {percent(high)}) · {feature.n:,} of {index.n_encoded:,} "
+            f"tokens · {c('n_seq'):,} sequences"
+        )
+        sides = (
+            f"{number(c('max_neg'))} to {number(c('max_pos'))}" if feature.signed else f"largest {number(feature.max)}"
+        )
+        lines.append(
+            f"{sides} · median {number(c('q50'))} · energy {percent(c('energy'))} · token entropy {number(c('token_entropy'))} bits"
+        )
+        counts, edges = feature.histogram.counts, feature.histogram.edges
+        top = counts.max()
+        bars = "".join(BLOCKS[math.ceil(8 * math.sqrt(x / top))] for x in counts.tolist())
+        lines += [f"{number(edges[0])} {bars} {number(edges[-1])}", ""]
+        tokens = "  ".join(f"{_quoted(t.text)} {percent(t.share)}" for t in feature.tokens(6))
+        lines.append(f"fires on   {tokens}")
+    if logits := feature.logits(8):
+        lines.append("raises     " + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in logits.up))
+        lines.append("lowers     " + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in logits.down))
+        if logits.note:
+            lines.append(f"           {logits.note}")
+    if near := feature.neighbours("decoder", 6):
+        lines.append("near       " + "  ".join(f"{n.feature:,} ({number(n.value, 2)})" for n in near))
+    for s in ("+-" if feature.signed else "+") if feature.n else ():
+        examples = feature.top(k, s)
+        name = "strongest" if not feature.signed else "strongest positive" if s == "+" else "strongest negative"
+        if not examples:
+            lines += ["", f"never {'positive' if s == '+' else 'negative'}"]
+            continue
+        lines += ["", bold(name)]
+        lines += [example_text(e, feature.max, ansi) for e in examples]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'"

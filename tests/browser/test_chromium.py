@@ -1,0 +1,310 @@
+"""The browser in a real Chromium against a real server: what a person sees, clicks and types."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from saekit.browse import command
+
+pytestmark = pytest.mark.browser
+ARTEFACTS = Path(__file__).parents[2] / "test-artifacts"
+CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).is_file()), None)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(path: Path, home: Path) -> tuple[subprocess.Popen, str]:
+    """The server as `saekit browse` starts it: empty HOME, no terminal, standard input closed."""
+    port = free_port()
+    line = command(path, host="127.0.0.1", port=port, model=True)
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    log = open(home.parent / "server.log", "wb")  # noqa: SIM115  the process owns it
+    process = subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def wait_for(address: str, seconds: float) -> float:
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        try:
+            with urllib.request.urlopen(address, timeout=1) as answer:
+                assert answer.status == 200
+                return time.monotonic() - begin
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer from {address} in {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def server(saes, tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    home = root / "home"
+    home.mkdir()
+    process, address = start(saes, home)
+    wait_for(address, 30)
+    yield address
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    assert "Traceback" not in (root / "server.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium at /usr/bin/chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(server, chromium):
+    """Opens pages of the server; at the end nothing was asked of another host and the console is clean."""
+    contexts, foreign, complaints = [], [], []
+
+    def open_page(path: str, **options):
+        context = chromium.new_context(**{"viewport": {"width": 1440, "height": 1000}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda r: None if r.url.startswith((server, "data:", "blob:")) else foreign.append(r.url))
+        # Streamlit looks for its server below the page's own path first; those two answers are meant to be 404
+        page.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 and "/_stcore/" not in r.url else None)
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and "404" not in m.text else None)
+        page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.goto(server + path)
+        settle(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not foreign
+    assert not complaints
+
+
+def settle(page, quiet: float = 0.35):
+    """Waits until the page shows something and has not been rerunning for a moment."""
+    page.wait_for_selector("[data-testid=stHtml], [data-testid=stAlert]", timeout=30_000, state="attached")
+    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
+    page.wait_for_timeout(1000 * quiet)
+    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
+
+
+def press(page, *keys: str):
+    for key in keys:
+        page.keyboard.press(key)
+        settle(page)
+
+
+def number(page) -> int:
+    return int(page.get_by_role("spinbutton", name="Feature").input_value())
+
+
+def parameters(page) -> dict:
+    return {k: v[0] for k, v in parse_qs(urlsplit(page.url).query).items()}
+
+
+def click_row(page, row: int, x: int = 60):
+    """Clicks visible row `row` of the first table; the grid is a canvas."""
+    box = page.get_by_test_id("stDataFrame").first.bounding_box()
+    page.mouse.click(box["x"] + x, box["y"] + 35 * (row + 1) + 17)
+    settle(page)
+
+
+def picture(page, name: str):
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"browser-{name}.png")
+
+
+def test_first_start_asks_nothing(saes, tmp_path):
+    """Empty HOME, no terminal, stdin closed: the page answers within 10 s, nothing is asked, HOME stays empty."""
+    home = tmp_path / "home"
+    home.mkdir()
+    process, address = start(saes, home)
+    try:
+        assert wait_for(address, 10) < 10
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert list(home.iterdir()) == []
+    said = (tmp_path / "server.log").read_text()
+    assert address in said and "mail" not in said.lower()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_four_pages(visit, theme):
+    page = visit("/?sae=plain", color_scheme=theme)
+    assert page.get_by_role("heading", name="plain").is_visible()
+    assert page.get_by_text("Worth a look").is_visible()
+    picture(page, f"overview-{theme}")
+    page.get_by_role("link", name="Features", exact=True).click()
+    settle(page)
+    assert page.get_by_text(re.compile(r"of 256 features")).is_visible()
+    picture(page, f"features-{theme}")
+    page.goto(page.url.split("/features")[0] + "/feature?sae=plain&feature=1")
+    settle(page)
+    assert page.get_by_text("Codes where it fires").is_visible()
+    picture(page, f"feature-{theme}")
+    page.get_by_role("link", name="Prompt", exact=True).click()
+    settle(page)
+    page.get_by_role("textbox", name="Text").fill("def add(self, a):\n    return self.total + a\n")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Where the strongest fire").wait_for(timeout=40_000)
+    settle(page)
+    tokens = page.locator("#tokens span")
+    assert "".join(tokens.all_text_contents()).replace("↵", "").endswith("def add(self, a):\n    return self.total + a\n")
+    tokens.nth(2).click()
+    page.get_by_text(re.compile("On token 2")).wait_for()
+    picture(page, f"prompt-{theme}")
+
+
+def test_deep_link_and_keys(visit):
+    page = visit("/feature?sae=plain&feature=7&view=quantiles&zoom=full&list=sort%3Dfeature%26desc%3Dfalse")
+    assert number(page) == 7
+    assert page.get_by_text("From strong to weak").is_visible()
+    press(page, "j")
+    assert number(page) == 8 and parameters(page)["feature"] == "8"
+    press(page, "k", "k")
+    assert number(page) == 6
+    press(page, "Shift+J")
+    assert number(page) == 16
+    page.go_back()
+    settle(page)
+    assert number(page) == 6
+    press(page, "1")
+    assert parameters(page)["zoom"] == "stacked"
+    press(page, "v")
+    assert parameters(page)["view"] == "random"
+    # the list survives a reload, because the address carries it
+    page.reload()
+    settle(page)
+    press(page, "j")
+    assert number(page) == 7
+
+
+def test_label_with_j_and_k_in_it(visit):
+    page = visit("/feature?sae=plain&feature=3")
+    press(page, "l")
+    page.keyboard.type("jk docstring J")
+    press(page, "Enter")
+    assert number(page) == 3
+    # Enter gave the keyboard back
+    press(page, "b", "j")
+    assert number(page) != 3
+    page.goto(page.url.split("?")[0] + "?sae=plain&feature=3")
+    settle(page)
+    assert page.get_by_role("textbox", name="Label").input_value() == "jk docstring J"
+    other = visit("/features?sae=plain&q=docstring")
+    assert other.get_by_text(re.compile(r"of 256 features")).is_visible()
+    click_row(other, 0)
+    assert number(other) == 3
+
+
+def test_bad_deep_links(visit):
+    page = visit("/feature?sae=plain&feature=999999")
+    assert page.get_by_text("feature 999,999 does not exist; this SAE has 0 to 255").is_visible()
+    assert number(page) == 0
+    for bad in ("abc", "-1", "1.5"):
+        page = visit(f"/feature?sae=plain&feature={bad}")
+        assert page.get_by_text(f"feature {bad} does not exist").is_visible()
+    page = visit("/?sae=../etc")
+    assert page.get_by_text("no SAE named ../etc here").is_visible()
+
+
+def test_filters_stay(visit, server):
+    """Three filters, a sort and a query come back by the menu, by Back, and by reload; another tab is not affected."""
+    page = visit("/features?sae=plain")
+    page.get_by_role("searchbox", name="Search").fill("self")
+    page.keyboard.press("Enter")
+    settle(page)
+    page.get_by_text("Largest first").click()
+    settle(page)
+    page.get_by_role("spinbutton", name="Density from").fill("0.0001")
+    page.keyboard.press("Enter")
+    settle(page)
+    page.get_by_role("radio", name="unlabelled").or_(page.get_by_role("button", name="unlabelled")).first.click()
+    settle(page)
+    page.get_by_role("combobox").nth(1).click()
+    page.get_by_role("option", name="firings").click()
+    settle(page)
+    wanted = {"q": "self", "sort": "n", "desc": "false", "dmin": "0.0001", "label": "unlabelled"}
+
+    def as_left():
+        got = parameters(page)
+        assert {k: got.get(k) for k in wanted} == wanted
+        assert page.get_by_role("searchbox", name="Search").input_value() == "self"
+
+    as_left()
+    click_row(page, 2)
+    opened = number(page)
+    page.go_back()
+    settle(page, 1)
+    as_left()
+    click_row(page, 2)
+    assert number(page) == opened
+    page.get_by_role("link", name="Features", exact=True).click()
+    settle(page, 1)
+    as_left()
+    page.reload()
+    settle(page, 1)
+    as_left()
+    other = visit("/features?sae=plain")
+    assert other.get_by_role("searchbox", name="Search").input_value() == ""
+
+
+def test_clicked_row_after_sorting_in_the_table(visit):
+    """Sorted by a header (which the server does not know of) and by the sort box, the clicked row is the one that opens."""
+    page = visit("/features?sae=plain&sort=feature&desc=false")
+    box = page.get_by_test_id("stDataFrame").first.bounding_box()
+    # the header of the first column: ascending, then descending
+    for _ in range(2):
+        page.mouse.click(box["x"] + 40, box["y"] + 17)
+        page.wait_for_timeout(300)
+    click_row(page, 2)
+    # 256 features, 21 of them dead (feature 19, and 236 to 255): the third row from the end is 233
+    assert number(page) == 233
+
+
+@pytest.mark.parametrize("path", ["/?sae=signed", "/features?sae=signed", "/feature?sae=signed&feature=2", "/prompt?sae=signed"])
+def test_narrow_and_signed(visit, path):
+    page = visit(path, viewport={"width": 900, "height": 1000})
+    width = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+    assert width <= 900
+    picture(page, f"narrow-{urlsplit(path).path.strip('/') or 'overview'}")
+
+
+def test_ctrl_c(saes, tmp_path):
+    """`saekit browse` itself: the address is printed, Ctrl-C ends it with code 130."""
+    home = tmp_path / "home"
+    home.mkdir()
+    port = free_port()
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "saekit", "browse", str(saes), "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        )  # fmt: skip
+    wait_for(f"http://127.0.0.1:{port}", 15)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == 130
+    assert f"http://127.0.0.1:{port}" in log.read_text()

@@ -1,0 +1,520 @@
+"""Sites mean the same in every architecture, replacing does what it says, and the caller's model stays as it was.
+
+Oracles: Transformers' own hidden states under eager attention, TransformerLens' bridge for the names, and the residual
+stream's arithmetic. All models are random, 2 layers of width 64, with weights scaled up so that nothing is negligible.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from saekit.errors import SaekitError
+from saekit.model import LAYOUTS, load_model, tokenizer_fingerprint, weights_fingerprint
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 16}
+PLAIN = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**GROUPED),
+    "mistral": lambda: tf.MistralConfig(**GROUPED, sliding_window=8),
+    "qwen2": lambda: tf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: tf.Qwen3Config(**GROUPED),
+    "gemma": lambda: tf.GemmaConfig(**GROUPED, pad_token_id=0),
+    "gemma2": lambda: tf.Gemma2Config(**GROUPED, pad_token_id=0, sliding_window=8, final_logit_softcapping=5.0),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**GROUPED, pad_token_id=0, sliding_window=8),
+    "olmo2": lambda: tf.Olmo2Config(**GROUPED, pad_token_id=0),
+    "granite": lambda: tf.GraniteConfig(
+        **GROUPED, embedding_multiplier=12.0, residual_multiplier=0.25, logits_scaling=8.0, attention_multiplier=0.1
+    ),
+    "phi": lambda: tf.PhiConfig(**SIZES),
+    "gpt2": lambda: tf.GPT2Config(**PLAIN),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES),
+    "gpt_neox, one after the other": lambda: tf.GPTNeoXConfig(**SIZES, use_parallel_residual=False),
+    "bloom": lambda: tf.BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1),
+}
+
+
+def tiny(config, seed: int = 0):
+    """A random causal model: matrices four times as large as fresh ones, gains and biases moved off 1 and 0."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0) if p.ndim == 2 else p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    """name -> LanguageModel, each built once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = load_model((tiny(CONFIGS[name]()), None), compute="fp32")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def ids_BT():
+    return torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def close(a, b, tolerance=1e-4):
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_every_layout_is_proven_here():
+    assert set(LAYOUTS) == {name.split(",")[0] for name in CONFIGS}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_residual_stream_is_transformers_hidden_states(models, ids_BT, name):
+    lm = models(name)
+    reference = copy.deepcopy(lm.hf)
+    # eager is another implementation than the one that collects, wherever the model has both
+    reference.set_attn_implementation("eager")
+    with torch.no_grad():
+        hidden = reference(ids_BT, output_hidden_states=True, use_cache=False).hidden_states
+    x = lm.capture(ids_BT, lm.sites())
+    for i in range(2):
+        assert close(x[f"blocks.{i}.hook_resid_pre"], hidden[i])
+    assert close(x["blocks.0.hook_resid_post"], hidden[1])
+    # behind the last layer Transformers has applied the final norm
+    final = lm._decoder.get_submodule(lm._layout.norm)
+    with torch.no_grad():
+        assert close(final(x["blocks.1.hook_resid_post"]), hidden[2])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_add_up_to_the_stream(models, ids_BT, name):
+    lm = models(name)
+    x = lm.capture(ids_BT, lm.sites())
+    parallel = "blocks.0.hook_resid_mid" not in x
+    assert parallel == (name in ("phi", "gpt_neox"))
+    position = lm.hf.transformer.wpe(torch.arange(24)) if name == "gpt2" else 0
+    assert close(x["hook_embed"] + position, x["blocks.0.hook_resid_pre"], 1e-6)
+    for i in range(2):
+        pre, post, attn, mlp = (x[f"blocks.{i}.hook_{s}"] for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
+        assert close(pre + attn + mlp, post, 1e-5)
+        if not parallel:
+            assert close(pre + attn, x[f"blocks.{i}.hook_resid_mid"], 1e-5)
+            assert close(x[f"blocks.{i}.hook_resid_mid"] + mlp, post, 1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_heads_and_neurons_are_what_the_last_projections_read(models, ids_BT, name):
+    lm = models(name)
+    x = lm.capture(ids_BT, lm.sites())
+    block, layout = lm._blocks[1], lm._layout
+    scale = 0.25 if name == "granite" else 1.0
+    for site, path, out, behind in (
+        ("attn.hook_z", layout.z, "hook_attn_out", layout.attn_out),
+        ("mlp.hook_post", layout.post, "hook_mlp_out", layout.mlp_out),
+    ):
+        with torch.no_grad():
+            y = block.get_submodule(path)(x[f"blocks.1.{site}"])
+            # Gemma 2, Gemma 3 and OLMo 2 normalise what a part adds
+            y = block.get_submodule(behind)(y) if "norm" in behind else y
+        assert close(y * scale, x[f"blocks.1.{out}"], 1e-5)
+    z = lm.check_site("blocks.1.attn.hook_z")
+    assert (z.d, z.heads, z.d_head) == (64, 4, 16)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_are_those_of_transformer_lens(models, ids_BT, tiny_model, name):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    lm = models(name)
+    x = lm.capture(ids_BT, lm.sites())
+    hf = copy.deepcopy(lm.hf)
+    # the bridge wants a name that its loader can find the type of model by
+    bridge = TransformerBridge.boot_transformers(
+        str(tiny_model), hf_model=hf, tokenizer=tf.AutoTokenizer.from_pretrained(tiny_model)
+    )
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(ids_BT)
+    for site, value in x.items():
+        theirs = cache[site].reshape(value.shape)
+        assert (value - theirs).norm() <= 1e-5 * theirs.norm(), site
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_offered_site_is_there(models, ids_BT, name):
+    lm = models(name)
+    logits = lm.logits(ids_BT)
+    for site in lm.sites():
+        x = lm.capture(ids_BT, [site])[site]
+        assert x.shape == (2, 24, lm.check_site(site).d), site
+        assert x.isfinite().all() and (x.abs().sum(-1) > 0).all(), site
+        assert torch.equal(lm.replace(ids_BT, site, lambda x: x), logits), site
+        assert torch.equal(lm.replace(ids_BT, site, lambda x: x + 0.0), logits), site
+        assert not close(lm.replace(ids_BT, site, lambda x: 3 * x), logits), site
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_change_at_places_that_are_the_same(models, ids_BT, name):
+    """x + δ at the embedding is x + δ before block 0; at what a part adds it is x + δ behind the part."""
+    lm = models(name)
+    delta = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(2))
+
+    def moved(site):
+        return lm.replace(ids_BT, site, lambda x: x + delta)
+
+    assert close(moved("hook_embed"), moved("blocks.0.hook_resid_pre"))
+    assert close(moved("blocks.0.hook_resid_post"), moved("blocks.1.hook_resid_pre"))
+    assert close(moved("blocks.1.hook_mlp_out"), moved("blocks.1.hook_resid_post"))
+    if "blocks.1.hook_resid_mid" in lm.sites():
+        assert close(moved("blocks.1.hook_attn_out"), moved("blocks.1.hook_resid_mid"))
+        assert not close(moved("blocks.1.hook_mlp_out"), moved("blocks.1.hook_resid_mid"))
+    else:
+        assert close(moved("blocks.1.hook_attn_out"), moved("blocks.1.hook_resid_post"))
+
+
+def test_replaced_value_arrives_and_leaves_no_trace(models, ids_BT):
+    lm = models("llama")
+    before = lm.logits(ids_BT)
+    seen = {}
+    handle = lm.hf.model.layers[1].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: seen.__setitem__("mid", args[0].clone())
+    )
+    lm.replace(ids_BT, "blocks.1.hook_resid_pre", lambda x: torch.ones_like(x))
+    lm.replace(ids_BT, "blocks.1.hook_attn_out", lambda x: torch.zeros_like(x))
+    pre = lm.capture(ids_BT, ["blocks.1.hook_resid_pre"])["blocks.1.hook_resid_pre"]
+    # without attention the middle of the block is its beginning
+    assert torch.equal(seen["mid"], pre)
+    handle.remove()
+    assert torch.equal(lm.logits(ids_BT), before)
+
+
+def test_architectures_without_a_layout_have_the_residual_stream_alone(ids_BT):
+    configs = [
+        tf.MixtralConfig(**{k: v for k, v in GROUPED.items() if k != "head_dim"}, num_local_experts=2),
+        # layer 0 has no attention
+        tf.Lfm2Config(**{k: v for k, v in GROUPED.items() if k != "head_dim"}, layer_types=["conv", "full_attention"]),
+    ]
+    for config in configs:
+        lm = load_model((tiny(config), None), compute="fp32")
+        assert lm.sites() == [f"blocks.{i}.hook_resid_{s}" for i in range(2) for s in ("pre", "post")]
+        x = lm.capture(ids_BT, lm.sites())
+        with torch.no_grad():
+            hidden = copy.deepcopy(lm.hf)(ids_BT, output_hidden_states=True, use_cache=False).hidden_states
+        assert close(x["blocks.1.hook_resid_pre"], hidden[1])
+        with pytest.raises(SaekitError, match=r"blocks.0.hook_attn_out is not known for .*; use hook_resid_pre or hook"):
+            lm.check_site("blocks.0.hook_attn_out")
+
+
+@pytest.mark.parametrize(
+    "model, site, message",
+    [
+        (
+            "llama",
+            "blocks.1.hook_resid_pst",
+            "no site blocks.1.hook_resid_pst; nearest: blocks.1.hook_resid_post, blocks.1.hook_resid_pre, "
+            "blocks.1.hook_resid_mid",
+        ),
+        ("llama", "blocks.40.hook_resid_post", "blocks.40.hook_resid_post: the model has 2 layers (0 to 1)"),
+        (
+            "gpt_neox",
+            "blocks.1.hook_resid_mid",
+            "blocks.1.hook_resid_mid does not exist in a parallel-attention model (GPTNeoX); "
+            "use hook_resid_pre or hook_resid_post",
+        ),
+        ("phi", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_mid does not exist in a parallel-attention model (Phi)"),
+        ("llama", "blocks.1.attn.hook_result", "no site blocks.1.attn.hook_result; nearest: "),
+        ("llama", "blocks.1.hook_mlp_in", "no site blocks.1.hook_mlp_in; nearest: "),
+        ("llama", "blocks.1.hook_q_input", "no site blocks.1.hook_q_input; nearest: "),
+        ("llama", "../x", "no site ../x; nearest: "),
+    ],
+)
+def test_other_names_are_refused_in_one_line(models, model, site, message):
+    lm = models(model)
+    with pytest.raises(SaekitError) as error:
+        lm.check_site(site)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    suggested = str(error.value).partition("nearest: ")[2]
+    assert all(name in lm.sites() for name in suggested.split(", ") if name)
+
+
+def test_the_pass_ends_at_the_last_site(models, ids_BT):
+    lm = models("llama")
+    calls = []
+    watched = {"layer 0": lm.hf.model.layers[0], "layer 1": lm.hf.model.layers[1], "norm": lm.hf.model.norm}
+    watched |= {"attention 1": lm.hf.model.layers[1].self_attn, "head": lm.hf.lm_head}
+    handles = [m.register_forward_pre_hook(lambda *_, n=n: calls.append(n)) for n, m in watched.items()]
+    lm.capture(ids_BT, ["hook_embed", "blocks.0.hook_resid_post"])
+    assert calls == ["layer 0"]
+    calls.clear()
+    # the input of block 1 is read at its door
+    lm.capture(ids_BT, ["blocks.1.hook_resid_pre", "blocks.0.mlp.hook_post"])
+    assert calls == ["layer 0", "layer 1"]
+    calls.clear()
+    lm.capture(ids_BT, ["blocks.1.hook_resid_post"])
+    assert calls == ["layer 0", "layer 1", "attention 1"]
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("layers, name", [(1, "mistral"), (1, "gemma3_text")])
+def test_a_sliding_window_hides_what_lies_before_it(layers, name):
+    """Window 8: position 13 is the first whose eight keys 6 to 13 leave out token 5."""
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers
+    if name == "gemma3_text":
+        config.layer_types = ["sliding_attention"]
+    lm = load_model((tiny(config), None), compute="fp32")
+    ids_BT = torch.randint(2, 300, (1, 64), generator=torch.Generator().manual_seed(3))
+    other_BT = ids_BT.clone()
+    other_BT[0, 5] = (other_BT[0, 5] + 1) % 300
+    a, b = (lm.capture(ids, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"][0] for ids in (ids_BT, other_BT))
+    changed = (a - b).abs().amax(1) > 1e-5
+    assert changed.tolist() == [5 <= p <= 12 for p in range(64)]
+
+
+def test_batching_never_changes_a_value(models, ids_BT):
+    site = "blocks.1.hook_resid_post"
+    for name in ("llama", "gpt2", "gemma3_text"):
+        lm = models(name)
+        whole = lm.capture(ids_BT, [site])[site]
+        alone = torch.cat([lm.capture(row[None], [site])[site] for row in ids_BT])
+        assert close(alone, whole, 1e-5)
+        # right padding stands behind every token that counts
+        short = lm.capture(ids_BT[:1, :10], [site])[site]
+        assert close(short, whole[:1, :10], 1e-5)
+
+
+def state_of(model):
+    hooks = [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for name, m in model.named_modules()
+    ]
+    return hooks, model.config._attn_implementation, model.config.use_cache, next(model.parameters()).dtype
+
+
+def test_the_callers_model_is_left_as_it_was_found(ids_BT):
+    model = tiny(CONFIGS["llama"]())
+    model.set_attn_implementation("eager")
+    model.train()
+    model.model.layers[0].eval()
+    before, fingerprint = state_of(model), weights_fingerprint(model)
+    lm = load_model((model, None), compute="fp32")
+    assert lm.hf is model and lm.attention == "sdpa"
+
+    def inside(x):
+        assert model.config._attn_implementation == "sdpa" and not model.training
+        return x
+
+    lm.replace(ids_BT, "blocks.0.hook_resid_post", inside)
+    lm.capture(ids_BT, lm.sites())
+    assert lm.causal
+    assert state_of(model) == before
+
+    def fail(x):
+        raise KeyError("inside a pass")
+
+    with pytest.raises(KeyError):
+        lm.replace(ids_BT, "blocks.0.hook_resid_mid", fail)
+    assert state_of(model) == before and weights_fingerprint(model) == fingerprint
+
+
+def test_a_half_precision_object_is_copied_for_exact_mode():
+    model = tiny(CONFIGS["llama"]()).to(torch.bfloat16)
+    lm = load_model((model, None), compute="fp32")
+    assert lm.compute == "fp32" and lm.hf is not model
+    assert next(model.parameters()).dtype == torch.bfloat16 and next(lm.hf.parameters()).dtype == torch.float32
+    # taken before the cast
+    assert lm.weights_fingerprint == weights_fingerprint(model)
+
+
+def test_bf16_is_refused_where_it_has_no_units(monkeypatch):
+    model = tiny(CONFIGS["llama"]())
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert load_model((model, None)).compute == "fp32"
+    with pytest.raises(SaekitError, match="--compute bf16: this processor has no bf16 units .*; use --compute fp32"):
+        load_model((model, None), compute="bf16")
+
+
+def test_which_bf16_runs(monkeypatch, tiny_model):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    model = tiny(CONFIGS["llama"]())
+    # a caller's fp32 object is never cast; a checkpoint of small layers is; a bf16 one runs as it is
+    assert load_model((model, None)).compute == "bf16-autocast"
+    assert load_model((copy.deepcopy(model).to(torch.bfloat16), None)).compute == "bf16"
+    lm = load_model(tiny_model)
+    assert lm.compute == "bf16" and next(lm.hf.parameters()).dtype == torch.bfloat16
+    # rotary angles stay exact
+    assert lm.hf.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert next(model.parameters()).dtype == torch.float32
+
+
+# Heads
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "phi", "gpt_neox", "olmo2", "bloom"])
+def test_unembedding_agrees_with_the_models_logits(models, ids_BT, name):
+    """Where no soft cap bends the logits, they are (x − mean) / σ of the last stream times W_U, centred, plus biases."""
+    lm = models(name)
+    W_U_VD, note = lm.unembedding()
+    site = "blocks.1.hook_resid_post"
+    x_TD = lm.capture(ids_BT[:1], [site])[site][0]
+    logits_TV = lm.logits(ids_BT[:1])[0]
+    if name == "gemma2":
+        assert note == "before the model's soft cap of the logits at ±5"
+        logits_TV = 5 * torch.atanh(logits_TV / 5)
+    else:
+        assert note == ""
+    norm = lm._decoder.get_submodule(lm._layout.norm)
+    if isinstance(norm, nn.LayerNorm):
+        sigma = (x_TD.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+        bias_V = lm.hf.get_output_embeddings().weight @ norm.bias
+        head_bias = lm.hf.get_output_embeddings().bias
+        bias_V = bias_V if head_bias is None else bias_V + head_bias
+    else:
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        sigma, bias_V = (x_TD.square().mean(-1, keepdim=True) + eps).sqrt(), torch.zeros(300)
+    expected = (logits_TV - bias_V) - (logits_TV - bias_V).mean(-1, keepdim=True)
+    assert close((x_TD / sigma) @ W_U_VD.T, expected, 1e-3)
+
+
+def test_logits_are_those_of_the_model(models, ids_BT):
+    lm = models("gemma2")
+    with torch.no_grad():
+        assert torch.equal(lm.logits(ids_BT), lm.hf(ids_BT, use_cache=False).logits)
+
+
+def test_attention_is_tried_for_causality():
+    assert load_model((tiny(CONFIGS["gpt2"]()), None), compute="fp32").causal
+    encoder = tf.BertLMHeadModel(tf.BertConfig(**SIZES)).eval()
+    assert not load_model((encoder, None), compute="fp32").causal
+    config = CONFIGS["gemma3_text"]()
+    config.use_bidirectional_attention = True
+    assert not load_model((tiny(config), None), compute="fp32").causal
+
+
+# Loading and fingerprints
+
+
+def test_a_folder(tiny_model, ids_BT):
+    lm = load_model(str(tiny_model), compute="fp32")
+    reference = tf.AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        assert close(lm.logits(ids_BT), reference(ids_BT).logits, 1e-5)
+    assert lm.manifest_entry() == {
+        "id": str(tiny_model),
+        "revision": None,
+        "weights_fingerprint": weights_fingerprint(reference),
+        "architecture": "LlamaForCausalLM",
+        "layers": 2,
+        "d_model": 64,
+        "processing": "raw",
+        "compute": "fp32",
+        "attention": "sdpa",
+    }
+    entry = lm.tokenizer_entry()
+    assert (entry["vocab_size"], entry["bos"], entry["eos"], entry["pad"]) == (300, 0, 1, None)
+    assert load_model(lm) is lm
+
+
+def test_models_that_cannot_be_loaded(tiny_model, tmp_path):
+    def message(name, **options):
+        with pytest.raises(SaekitError) as error:
+            load_model(name, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert message("./ckpt").startswith("cannot load model ./ckpt: no such folder")
+    (tmp_path / "empty").mkdir()
+    assert message(tmp_path / "empty") == f"cannot load model {tmp_path}/empty: no config.json there"
+    assert "not in the local cache while HF_HUB_OFFLINE is set" in message("nobody/nothing")
+    assert message("x.gguf") == "cannot load model x.gguf: no such file"
+    assert message(str(tiny_model), compute="int8") == "compute int8 is not known; choose auto, bf16 or fp32"
+    assert message(str(tiny_model), device="cuda:77").startswith("--device cuda:77: ")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert message(tmp_path / "broken").startswith(f"cannot load model {tmp_path}/broken: ")
+
+
+def test_a_missing_weight_is_an_error(tiny_model, tmp_path):
+    """Never a fresh one: the checkpoint lacks one projection of layer 1."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    with pytest.raises(SaekitError, match=r"1 weights are missing in it, model.layers.1.mlp.up_proj.weight among them"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_tokenizer(tiny_model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    lm = load_model(tmp_path, compute="fp32")
+    assert lm.tokenizer is None and lm.tokenizer_entry() is None and lm.vocab_size == 300
+
+
+def test_a_tokenizer_of_another_model(tiny_model):
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_model)
+    config = CONFIGS["llama"]()
+    config.vocab_size = 200
+    with pytest.raises(SaekitError, match="tokenizer has 300 ids but the model LlamaForCausalLM embeds 200"):
+        load_model((tiny(config), tokenizer))
+
+
+def test_weights_fingerprint(tmp_path):
+    model = tiny(CONFIGS["llama"]())
+    first = weights_fingerprint(model)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, compute="fp32").weights_fingerprint == first
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-3
+    assert weights_fingerprint(model) != first
+    assert weights_fingerprint(model.to(torch.bfloat16)) != first
+
+    class Two(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            for name in order:
+                self.register_buffer(name, torch.full((2,), float(ord(name))))
+
+    assert weights_fingerprint(Two("ab")) == weights_fingerprint(Two("ba"))
+    # sha256 of the one line `a float32 2 sha256(97.0, 97.0)`, from coreutils:
+    #   printf '\0\0\302\102\0\0\302\102' | sha256sum -> 1a24…; printf 'a float32 2 1a24…\n' | sha256sum
+    assert weights_fingerprint(Two("a")) == "sha256:EXPECTED"
+
+
+def test_tokenizer_fingerprint(tiny_model, tmp_path):
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_model)
+    first = tokenizer_fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_fingerprint(tf.AutoTokenizer.from_pretrained(tmp_path / "again")) == first
+    # padding is a setting of a call
+    tokenizer(["a", "bcd"], padding="max_length", truncation=True, max_length=8, pad_to_multiple_of=None) if (
+        tokenizer.pad_token
+    ) else tokenizer.backend_tokenizer.enable_truncation(5)
+    assert tokenizer_fingerprint(tokenizer) == first
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(more) != first
+    # two ids of the vocabulary exchanged
+    state = json.loads((tiny_model / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(state))
+    assert tokenizer_fingerprint(tf.AutoTokenizer.from_pretrained(tmp_path / "again")) != first
