@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from saekit.errors import SaekitError
 
@@ -222,30 +222,34 @@ def feature(argv: list[str]):
         sae: Positional[Path],
         number: Positional[tuple[int, ...]],
         *,
-        view: Literal["top", "quantiles", "random"] = "top",
-        html: Annotated[Path | None, None] = None,
+        html: Path | None = None,
+        view: Literal["top", "quantiles", "random", "near"] = "top",
+        zoom: Literal["stacked", "snippet", "full"] = "snippet",
     ):
         """Shows features in the terminal, or writes them as one HTML file.
 
         Args:
             sae: SAE folder with an index.
             number: One or several features.
-            view: Which examples.
-            html: Write a self-contained HTML file instead.
+            html: Write one self-contained HTML file instead.
+            view: Which examples the HTML file shows.
+            zoom: How much text stands around each of them.
         """
-        return sae, number, view, html
+        return sae, number, html, view, zoom
 
-    sae, numbers, view, html = _parse(parse, argv, "saekit feature")
-    from saekit.feature_index import open_index
-    from saekit.feature_index.render import page_html
+    sae, numbers, html, view, zoom = _parse(parse, argv, "saekit feature")
+    from saekit.feature_index import open_index, render
 
-    features = [open_index(sae).feature(number) for number in numbers]
-    if html is not None:
-        html.write_text(page_html(features, view=view), encoding="utf-8")
-        print(f"{len(features)} features in {html}")
+    index = open_index(sae)
+    features = [index.feature(number) for number in numbers]
+    if html is None:
+        for one in features:
+            print(render.feature_text(one, ansi=sys.stdout.isatty()))
         return
-    for one in features:
-        print(one.text(view=view, color=sys.stdout.isatty()))
+    pages = [one.html(view=view, zoom=zoom) for one in features]
+    provenance = f"SAE {index.manifest['fingerprints']['sae']}, store {index.manifest['fingerprints']['store']}"
+    html.write_text(render.document(f"{sae.name}: features", pages, provenance), encoding="utf-8")
+    print(f"{len(features)} feature{'s' if len(features) > 1 else ''} in {html}")
 
 
 def check(argv: list[str]):

@@ -32,7 +32,7 @@ from saekit.progress import Progress
 from saekit.store.format import TokenTable, human_bytes
 from saekit.store.reader import Store, open_store
 from saekit.store.writer import TORCH_DTYPES, StoreWriter
-from saekit.text import Packed, Packing, documents, pack, plan_packing
+from saekit.text import Packed, Packing, documents, pack, plan_packing, source_bytes
 
 NORM_ROWS = 65_536
 """Kept rows whose median norm fixes the limit of outliers."""
@@ -176,6 +176,7 @@ def _tokenise(lm: LanguageModel, settings: CollectOptions, packing: Packing) -> 
         vocab_size=lm.vocab_size,
         tokens=settings.tokens,
         source=" ".join(settings.text),
+        size=source_bytes(settings.text),
     )
     empty = f", {packed.empty:,} empty ones passed over" if packed.empty else ""
     Progress.say(
@@ -217,18 +218,18 @@ def _fill(lm: LanguageModel, writer: StoreWriter, sites: dict[str, Site], settin
         ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
         Progress("collect", sum(starts[i + 1] - starts[i] for i in todo), "tokens") as progress,
     ):
-        hand = _Hand(pool, writer)
+        handover = _Handover(pool, writer)
         for i in todo:
-            held.append((i, _shard(lm, writer, i, sites, settings, progress, hand)))
+            held.append((i, _shard(lm, writer, i, sites, settings, progress, handover)))
             if limits is None and (sum(writer.rows(j) for j, _ in held) >= NORM_ROWS or i == todo[-1]):
                 limits = _norm_limits([rows for _, rows in held], settings.norm_multiple)
             if limits is not None:
                 while held:
-                    hand.over(*held.pop(0), limits)
-        hand.wait()
+                    handover.submit(*held.pop(0), limits)
+        handover.wait()
 
 
-class _Hand:
+class _Handover:
     """Hands shards to the writing thread, one at a time; waiting for it is counted."""
 
     def __init__(self, pool: ThreadPoolExecutor, writer: StoreWriter):
@@ -239,7 +240,7 @@ class _Hand:
         self.bytes = 0
         self.pending: Future | None = None
 
-    def over(self, i: int, rows: dict[str, Tensor], limits: dict[str, float | None]):
+    def submit(self, i: int, rows: dict[str, Tensor], limits: dict[str, float | None]):
         self.wait()
         self.pending = self.pool.submit(self._put, i, rows, limits)
 
@@ -274,7 +275,7 @@ def _shard(
     sites: dict[str, Site],
     settings: CollectOptions,
     progress: Progress,
-    hand: _Hand,
+    handover: _Handover,
 ) -> dict[str, Tensor]:
     """Rows of shard i, {site: (n, D)} in the store dtype on the CPU.
 
@@ -303,7 +304,7 @@ def _shard(
                 largest[name] = torch.maximum(largest[name], x_nD.abs().amax().float())
             rows[name][done : done + len(x_nD)].copy_(x_nD)
         done += len(kept_n)
-        progress.advance(int(table.seq_start[last] - table.seq_start[first]), hand.note)
+        progress.advance(int(table.seq_start[last] - table.seq_start[first]), handover.note)
     assert done == n, f"{done} rows, not {n}"
     for name, value in largest.items():
         if not value.item() <= torch.finfo(dtype).max:

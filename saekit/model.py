@@ -216,9 +216,10 @@ class LanguageModel:
         self._layout = LAYOUTS.get(self.config.model_type)
         if self._layout and getattr(self.config, "use_parallel_residual", False):
             self._layout = Layout(**{**self._layout.__dict__, "parallel": True})
-        if tokenizer is not None and len(tokenizer) > self.vocab_size:
+        # tokens added later than the model's embedding may never occur; text that holds one is refused then
+        if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
             raise SaekitError(
-                f"tokenizer has {len(tokenizer):,} ids but the model {id} embeds {self.vocab_size:,}; "
+                f"tokenizer has {tokenizer.vocab_size:,} ids but the model {id} embeds {self.vocab_size:,}; "
                 "give the tokenizer that belongs to the model"
             )
 
@@ -285,7 +286,7 @@ class LanguageModel:
         return {
             "id": self.id,
             "fingerprint": tokenizer_fingerprint(t),
-            "vocab_size": len(t),
+            "vocab_size": min(len(t), self.vocab_size),
             "bos": t.bos_token_id,
             "eos": t.eos_token_id,
             "pad": t.pad_token_id,
@@ -614,11 +615,11 @@ def _cast(hf: nn.Module, dtype: torch.dtype):
 
 
 def _why(error: BaseException, folder: str | Path) -> str:
-    from transformers.utils import is_offline_mode
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if isinstance(folder, Path) or not isinstance(error, OSError):
         return _one_line(error)
-    if is_offline_mode():
+    if HF_HUB_OFFLINE:
         return "no such folder, and it is not in the local cache while HF_HUB_OFFLINE is set"
     return f"no such folder, and the hub says: {_one_line(error)}"
 

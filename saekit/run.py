@@ -174,14 +174,18 @@ class Run:
 
     def _fit_rows(self) -> torch.Tensor:
         """The first rows of epoch 0, read by a reader of their own: training's place in the data does not move."""
-        n = min(FIT_ROWS, self.steps * self.options.batch)
-        return next(iter(self._batches(n)))[self.site].float()
+        rows = []
+        for batch in self._batches():
+            rows.append(batch[self.site].float())
+            if sum(map(len, rows)) >= FIT_ROWS:
+                break
+        return torch.cat(rows)
 
-    def _batches(self, batch: int, state: dict | None = None):
+    def _batches(self, state: dict | None = None):
         o = self.options
         return self.store.batches(
             [self.site],
-            batch=batch,
+            batch=o.batch,
             seed=o.seed,
             epochs=o.epochs,
             split=o.split,
@@ -197,7 +201,7 @@ class Run:
             reader_state, seconds_before = state["reader"], state["seconds"]
         metrics = self.out / "metrics.jsonl"
         cut_back(metrics, trainer.step_count)
-        batches = self._batches(options.batch, reader_state)
+        batches = self._batches(reader_state)
         start, waited, waited_at_log, time_at_log = time.monotonic(), 0.0, 0.0, time.monotonic()
         tokens_at_log = trainer.step_count * options.batch
 

@@ -73,18 +73,21 @@ def documents(sources: Iterable[str], text_field: str = "text") -> Iterator[Docu
     return read()
 
 
+def source_bytes(sources: Iterable[str]) -> int:
+    """Size of all files of the sources; what `stdlib` passes over is counted too."""
+    paths = []
+    for found in map(_resolve, sources):
+        paths += [path for path, _ in (found if found is not None else _stdlib_paths(tests=False))]
+    return sum(path.stat().st_size for path in paths)
+
+
 def stdlib_documents(tests: bool = False) -> Iterator[Document]:
     """Source files of the running interpreter's standard library, in byte order of the path, without repeats.
 
     Test folders, which Debian and container images lack, are left out unless `tests`.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted((p.relative_to(root).as_posix().encode(), p) for p in root.rglob("*.py"))
     seen = set()
-    for name, path in paths:
-        parts = name.decode().split("/")
-        if "site-packages" in parts or "dist-packages" in parts or (not tests and TEST_FOLDERS & set(parts[:-1])):
-            continue
+    for path, name in _stdlib_paths(tests):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -92,7 +95,19 @@ def stdlib_documents(tests: bool = False) -> Iterator[Document]:
         digest = hashlib.sha256(text.encode()).digest()
         if text.strip() and digest not in seen:
             seen.add(digest)
-            yield Document(name.decode(), text)
+            yield Document(name, text)
+
+
+def _stdlib_paths(tests: bool) -> list[tuple[Path, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = sorted((p.relative_to(root).as_posix().encode(), p) for p in root.rglob("*.py"))
+    paths = []
+    for name, path in found:
+        parts = name.decode().split("/")
+        if "site-packages" in parts or "dist-packages" in parts or (not tests and TEST_FOLDERS & set(parts[:-1])):
+            continue
+        paths.append((path, name.decode()))
+    return paths
 
 
 def _resolve(source: str) -> list[tuple[Path, str]] | None:
@@ -230,8 +245,11 @@ def pack(
     vocab_size: int,
     tokens: int | None = None,
     source: str = "the text",
+    size: int = 0,
 ) -> Packed:
     """Joins and cuts the documents; `tokens` positions if given (BOS and separators count), else all of the text.
+
+    `source` names them in errors; `size` is the bytes of the sources, for the progress line.
 
     Raises SaekitError if there is no text, if it ends before `tokens`, if no position gets a row, or if an id lies outside
     the embedding of `vocab_size` rows.
@@ -248,8 +266,8 @@ def pack(
     last: list[int] = []
     sizes: list[int] = []
     length, empty = 0, 0
-    with Progress("tokenise", needed or 0, "tokens") as progress:
-        for ids, size in _tokenised(texts, tokenizer):
+    with Progress("tokenise", needed or size, "tokens" if needed else "bytes") as progress:
+        for ids, n_bytes in _tokenised(texts, tokenizer):
             if not len(ids):
                 empty += 1
                 continue
@@ -262,8 +280,8 @@ def pack(
             stream.append(ids)
             length += len(ids)
             last.append(length)
-            sizes.append(size)
-            progress.advance(len(ids))
+            sizes.append(n_bytes)
+            progress.advance(min(len(ids), needed - progress.done) if needed else n_bytes)
     if not first:
         raise SaekitError(f"{source} holds no text (0 non-empty documents); give another source")
     if needed is not None:

@@ -34,14 +34,12 @@ def choose_sae():
         st.warning(state.literal(f"no SAE named {asked} here; shown is {state.first_good(known).name}"))
     with st.container(horizontal=True, vertical_alignment="center", gap="medium", key="context"):
         if len(known) > 1:
-            broken = {f.name for f in known if f.problem}
             st.selectbox(
                 "SAE",
                 names,
                 index=names.index(state.first_good(known).name),
                 key="sae",
                 bind="query-params",
-                format_func=lambda name: f"{name} — cannot be shown" if name in broken else name,
                 label_visibility="collapsed",
                 width=260,
             )

@@ -28,20 +28,20 @@ VIEWS = Path(__file__).parent / "views"
 OVERVIEW, FEATURES, FEATURE, PROMPT = (str(VIEWS / f"{name}.py") for name in ("overview", "features", "feature", "prompt"))
 # the choices of page Features; they also set the order in which J and K walk
 LIST_KEYS = ("q", "sort", "desc", "alive", "dmin", "dmax", "flag", "label")
-SORTS = {
-    "energy": "energy",
-    "density": "density",
-    "token_f1": "one token explains it",
-    "top_token_share": "share of its top token",
-    "token_entropy": "variety of tokens",
-    "logit_kurtosis": "peaked logit weights",
-    "max_dec_cos": "nearest decoder row",
-    "n": "firings",
-    "feature": "number",
-}
+SORTS = (
+    "energy", "density", "n", "token_f1", "top_token_share", "token_entropy", "logit_kurtosis", "max_dec_cos", "q95", "feature",
+)  # fmt: skip
 FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
 LABELLED = ("all", "labelled", "unlabelled")
 SEARCH_LIMIT = 500
+
+CLICK = """<script>
+(function open(tries) {
+  const link = document.querySelector(".st-key-follow a")
+  if (link) link.click()
+  else if (tries) setTimeout(() => open(tries - 1), 20)
+})(100)
+</script>"""
 
 log = logging.getLogger("saekit_browser")
 
@@ -152,14 +152,15 @@ def digest(*parts) -> str:
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def open_feature(number: int):
-    """Shows a feature on its page; the address carries the list it was opened from, so that a reload keeps it."""
-    parameters = {"feature": str(number)}
-    if len(folders()) > 1:
-        parameters["sae"] = chosen().name
-    if listing := to_link():
-        parameters["list"] = listing
-    st.switch_page(FEATURE, query_params=parameters)
+def follow(page: str, **parameters: str):
+    """Opens a page the way a click on a link does.
+
+    `st.switch_page` with parameters first writes them to the address of the page that is left, twice: Back then ends at an
+    address of that page without its filters. The script is a constant; it may run before the link is drawn.
+    """
+    with st.container(key="follow"):
+        st.page_link(page, label="open", query_params=parameters)
+    st.html(CLICK, unsafe_allow_javascript=True)
 
 
 # words

@@ -162,6 +162,7 @@ def explain(device: str = "cpu") -> list[Choice]:
     ]
 
 
+@torch.compiler.assume_constant_result
 def _why_not_bf16(device: str) -> str | None:
     """Why the encoder product cannot run in bf16 on a device type; None if it can."""
     if device == "cpu":
@@ -682,6 +683,20 @@ def row_adam_(
         _adam_op(w, m, v, grad, torch.as_tensor(step, dtype=torch.float32), lr, b1, b2, eps, unit_norm, scale)
 
 
+@torch.library.custom_op("saekit_kernels::largest_columns", mutates_args=())
+def _largest_op(pre: Tensor, k: int, key: str) -> Tensor:
+    """k columns per row that hold a largest k of the keys, as `RowCount` takes them: int64 (rows, k)."""
+    path = _path("encode_select", pre, "row_count", key)
+    if path is reference:
+        return reference.select(pre, RowCount(k), key).codes.indices.long()
+    return cpu.top_columns(pre, k, key) if path is cpu else portable.top_columns(pre, k, key, None)
+
+
+@_largest_op.register_fake
+def _(pre, k, key):
+    return pre.new_empty(pre.shape[0], k, dtype=torch.int64)
+
+
 def aux_decode(
     x_BD: Tensor,
     b_in_D: Tensor | None,
@@ -722,13 +737,7 @@ def aux_decode(
             ranked_BA = ranked_BA.masked_fill(off_A, 0)
         if k_aux >= n_dead:
             return torch.where(reference.keys(ranked_BA, key) != 0, pre_BA, 0) @ W_dec_FD
-        path = _path("encode_select", ranked_BA, "row_count", key)
-        if path is reference:
-            column = reference.select(ranked_BA, RowCount(k_aux), key).codes.indices.long()
-        elif path is cpu:
-            column = cpu.top_columns(ranked_BA, k_aux, key)
-        else:
-            column = portable.top_columns(ranked_BA, k_aux, key, None)
+        column = _largest_op(ranked_BA, k_aux, key)
         live = reference.keys(ranked_BA.gather(1, column), key) != 0
         kept_BA = torch.zeros_like(pre_BA).scatter(1, column, torch.where(live, pre_BA.gather(1, column), 0))
         return kept_BA @ W_dec_FD

@@ -152,6 +152,8 @@ def main():
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="windows of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--init", type=Path, default=None, help="weights to go on from, saved by an earlier call")
+    parser.add_argument("--from-step", type=int, default=0, help="step those weights were saved at; momenta start anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-compile", action="store_true")
@@ -159,7 +161,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng([args.seed, args.from_step])
 
     train = [d.text for d in stdlib_documents(tests=True) if not d.held_out]
     held = [d.text for d in stdlib_documents() if d.held_out]
@@ -173,6 +175,8 @@ def main():
     )
 
     model = build_model(args, len(tokenizer))
+    if args.init:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -187,9 +191,9 @@ def main():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    for step in range(steps):
+    for step in range(args.from_step, steps):
         share = step / steps
-        scale = min(1.0, (step + 1) / 60) * min(1.0, (1 - share) / 0.6)
+        scale = min(1.0, (step - args.from_step + 1) / 60) * min(1.0, (1 - share) / 0.6)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * scale
@@ -204,8 +208,8 @@ def main():
             seconds = time.time() - start
             log.append({"step": step + 1, "tokens": (step + 1) * args.batch * CONTEXT, "loss": round(running / 25, 4)})
             print(
-                f"step {step + 1}/{steps} loss {running / 25:.3f} {log[-1]['tokens'] / seconds:,.0f} tokens/s "
-                f"{seconds / (step + 1) * (steps - step - 1) / 60:.0f} min left",
+                f"step {step + 1}/{steps} loss {running / 25:.3f} {(step + 1 - args.from_step) * args.batch * CONTEXT / seconds:,.0f} tokens/s "
+                f"{seconds / (step + 1 - args.from_step) * (steps - step - 1) / 60:.0f} min left",
                 flush=True,
             )
             running = 0.0

@@ -1104,8 +1104,12 @@ class Feature:
     def _repr_html_(self) -> str:
         return self.html()
 
+    def text(self, view: str = "top", *, color: bool = False) -> str:
+        """The feature for a terminal, with ANSI colours if asked."""
+        return render.feature_text(self, ansi=color, view=view)
+
     def __str__(self) -> str:
-        return render.feature_text(self)
+        return self.text()
 
     def to_dict(self) -> dict:
         """Numbers, label, token table, logit weights, neighbours and top examples as plain Python objects."""

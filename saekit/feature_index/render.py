@@ -3,7 +3,7 @@
     fragment(header_html(f), numbers_html(f), histogram_html(f.histogram))    # style and root element around any panels
     feature_html(f, view="top", zoom="snippet", sign="both")                  # the whole feature
     feature_text(f, ansi=True)                                                # for the terminal
-    document("ten features", [f.html() for f in features])                    # one file that opens from disk
+    page_html([idx.feature(12), idx.feature(99)], view="top")                  # one file that opens from disk
 
 Every `*_html` but `feature_html` returns inner markup for `fragment`. Only firing tokens get an element with a title; text
 on which the feature is silent stays text. All data pass through `escape`. No script, no link out, no inline SVG: a page
@@ -54,10 +54,10 @@ td:first-child,th:first-child{text-align:left}
 .k{grid-template-columns:58px 2fr 3fr;gap:0;white-space:pre;border:0;padding:0}
 .k>*{overflow:hidden}
 .k .l{display:flex;place-content:end;margin-left:12px}
-.v{text-align:right;font-weight:600}
 i{font-style:normal}
 .t i,.x i{opacity:.4}
-.x .v,.x .s{opacity:.9}
+.x>i,.x .s{opacity:.9}
+.x>i{text-align:right;font-weight:600}
 b[class]{background:rgb(var(--c)/var(--a));border-radius:3px;font-weight:400}
 .q b{border-radius:0}
 b.m,span.m{font-weight:700;text-decoration:underline}
@@ -81,16 +81,27 @@ def fragment(*parts: str) -> str:
     return f'{STYLE}<div class="saekit">{"".join(parts)}</div>'
 
 
-def document(title: str, fragments: Iterable[str], provenance: str = "") -> str:
-    """One HTML file around finished fragments; opens from disk, light or dark as the reader's system is."""
-    body = "<hr>".join(fragments)
-    end = f'<div class="saekit"><p class="q">{escape(provenance)}</p></div>' if provenance else ""
+def page_html(features: Sequence, view: str = "top", zoom: str = "snippet", sign: str = "both") -> str:
+    """One HTML file of features, provenance at the end: no script, nothing loaded, light or dark as the reader's system is."""
+    numbers = ", ".join(f"{f.number:,}" for f in features)
+    title = (
+        f"feature{'s' if len(features) > 1 else ''} {numbers} of {features[0].index.name}"
+        if features
+        else "no features"
+    )
+    indexes = {f.index.fingerprint: f.index for f in features}
+    ends = [
+        f"{i.path.parent} · {i.manifest['F']:,} features · {i.n_encoded:,} tokens · saekit {i.manifest['saekit_version']} · index {name}"
+        for name, i in indexes.items()
+    ]
+    body = "<hr>".join(feature_html(f, view, zoom, sign) for f in features)
+    end = "".join(f'<p class="q">{escape(line)}</p>' for line in ends)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}'
         "body{margin:32px auto;padding:0 24px;max-width:1180px;font-family:system-ui,sans-serif;"
         "background:light-dark(#fff,#0e1117);color:light-dark(#31333f,#fafafa)}hr{border:0;margin:40px 0}</style>"
-        f"</head><body>{body}{end}</body></html>\n"
+        f'</head><body>{body}<div class="saekit">{end}</div></body></html>\n'
     )
 
 
@@ -272,7 +283,7 @@ def _title(value: float, scale: float, position: int | None) -> str:
 
 def example_html(example, scale: float, zoom: str = "snippet") -> str:
     """One example as one line (or, for `full`, one paragraph) that starts with its number."""
-    value = f'<i class="v">{code(example.value, scale) if example.value else "–"}</i>'
+    value = f"<i>{code(example.value, scale) if example.value else '–'}</i>"
     common = {
         "positions": example.positions,
         "special": example.special,
@@ -587,8 +598,8 @@ def example_text(example, scale: float, ansi: bool = False) -> str:
     return f"{code(example.value, scale):>8}  {start}{''.join(out)}{end}"
 
 
-def feature_text(feature, ansi: bool = False, k: int = 10) -> str:
-    """The feature for a terminal; plain, or with ANSI colours."""
+def feature_text(feature, ansi: bool = False, view: str = "top", k: int = 10) -> str:
+    """The feature for a terminal; plain, or with ANSI colours. `view`: top, quantiles, random, near."""
     index, c = feature.index, feature.column
     bold = (lambda s: f"\x1b[1m{s}\x1b[0m") if ansi else (lambda s: s)
     lines = [bold(f"Feature {feature.number:,}") + f" · {index.name} · {index.manifest['variant']} · {index.site}"]
@@ -626,14 +637,17 @@ def feature_text(feature, ansi: bool = False, k: int = 10) -> str:
             lines.append(f"           {logits.note}")
     if near := feature.neighbours("decoder", 6):
         lines.append("near       " + "  ".join(f"{n.feature:,} ({number(n.value, 2)})" for n in near))
-    for s in ("+-" if feature.signed else "+") if feature.n else ():
-        examples = feature.top(k, s)
-        name = "strongest" if not feature.signed else "strongest positive" if s == "+" else "strongest negative"
-        if not examples:
-            lines += ["", f"never {'positive' if s == '+' else 'negative'}"]
+    if feature.n and view in ("random", "near"):
+        examples = feature.random(k) if view == "random" else feature.near_misses(k)
+        lines += ["", bold(VIEW_NAMES[view].lower()), *(example_text(e, feature.max, ansi) for e in examples)]
+    for s in ("+-" if feature.signed else "+") if feature.n and view in ("top", "quantiles") else ():
+        side = "" if not feature.signed else " positive" if s == "+" else " negative"
+        if feature.column("n_pos" if s == "+" else "n_neg") == 0:
+            lines += ["", f"never{side}"]
             continue
-        lines += ["", bold(name)]
-        lines += [example_text(e, feature.max, ansi) for e in examples]
+        lines += ["", bold(VIEW_NAMES[view].lower() + side)]
+        slices = [feature.top(k, s)] if view == "top" else [x.examples for x in feature.quantiles(10, 2, s)]
+        lines += [example_text(e, feature.max, ansi) for examples in slices for e in examples]
     return "\n".join(lines) + "\n"
 
 

@@ -1,13 +1,25 @@
 """The activation store: `open_store` to read, `StoreWriter` to write, `saekit.store.format` for the layout."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-_HOME = {"open_store": "reader", "Store": "reader", "StoreWriter": "writer", "TokenTable": "format", "check": "format"}
+_HOMES = {
+    "Store": "saekit.store.reader",
+    "StoreWriter": "saekit.store.writer",
+    "TokenTable": "saekit.store.format",
+    "check": "saekit.store.format",
+    "open_store": "saekit.store.reader",
+}
 __all__ = ["Store", "StoreWriter", "TokenTable", "check", "open_store"]
+
+if TYPE_CHECKING:
+    from saekit.store.format import TokenTable, check
+    from saekit.store.reader import Store, open_store
+    from saekit.store.writer import StoreWriter
 
 
 def __getattr__(name: str):
     # Late, because the format needs only numpy and the reader needs torch.
-    if name in _HOME:
-        return getattr(import_module(f"saekit.store.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saekit.store' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -153,7 +153,8 @@ def write_tensors(
         arrays[name] = (np.ascontiguousarray(array).reshape(array.shape), tag)
     # sorted() is stable: tensors of one item size keep the order they were given in.
     order = sorted(arrays, key=lambda name: -arrays[name][0].itemsize)
-    header, offset, aligned = {"__metadata__": {"saekit": "1"}}, 0, 0
+    header: dict[str, dict] = {"__metadata__": {"saekit": "1"}}
+    offset = aligned = 0
     for name in order:
         array, tag = arrays[name]
         aligned = offset if name == align else aligned
@@ -181,7 +182,7 @@ def write_tensors(
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     assert array.dtype.byteorder in "=|<", "stores are little-endian"
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -384,23 +385,14 @@ def histogram_quantile(histogram: np.ndarray, q: float) -> float:
 
 def merge_sums(paths: Iterable[Path]) -> Sums:
     """Sums of several activation files of one site, added in the order given; outlier rows counted through all of them."""
-    total = squares = moments = histogram = None
-    outliers, first_row = [], 0
+    # Of one item, and so of any width after the first addition.
+    total, squares, histogram = np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
+    moments, outliers, first_row = np.zeros(4), [], 0
     for path in paths:
         t = map_tensors(path)
-        if total is None:
-            d = t["activations"].shape[1]
-            total, squares, moments, histogram = (
-                np.zeros(d),
-                np.zeros(d),
-                np.zeros(4),
-                np.zeros(HISTOGRAM_BINS, np.int64),
-            )
-        total += t["sum"]
-        squares += t["sum_squares"]
+        total, squares, histogram = total + t["sum"], squares + t["sum_squares"], histogram + t["norm_histogram"]
         moments[:3] += t["norm_moments"][:3]
         moments[3] = max(moments[3], t["norm_moments"][3])
-        histogram += t["norm_histogram"]
         outliers.append(t["outlier_rows"].astype(np.int64) + first_row)
         first_row += len(t["activations"])
     return Sums(total, squares, moments, histogram, np.concatenate(outliers))
@@ -462,7 +454,7 @@ def read_manifest(folder: Path) -> dict:
     except FileNotFoundError:
         raise SaekitError(_no_manifest(folder)) from None
     except OSError as error:
-        raise SaekitError(f"cannot read {path}: {os.strerror(error.errno).lower()}") from None
+        raise SaekitError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     try:
         manifest = json.loads(text)
         line = None

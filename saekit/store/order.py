@@ -165,13 +165,13 @@ class Order:
         seed: int,
         block_rows: int | None = None,
         block_starts: np.ndarray | None = None,
-        window_blocks: int | None = None,
+        window_blocks: int = 1,
     ):
         self.valid, self.seed, self.epoch_rows = valid, seed, len(valid)
         self.block_rows, self.block_starts = block_rows, block_starts
         self.uniform = block_rows is None and block_starts is None
         if not self.uniform:
-            self.n_blocks = len(block_starts) - 1 if block_starts is not None else -(-len(valid) // block_rows)
+            self.n_blocks = len(block_starts) - 1 if block_starts is not None else -(-len(valid) // (block_rows or 1))
             self.n_windows = -(-self.n_blocks // window_blocks)
         # Bounded, and per instance: an epoch needs one entry, a window of 32,768 blocks half a megabyte.
         self._whole = lru_cache(2)(self._whole)
@@ -215,6 +215,7 @@ class Order:
         """First valid index and length of each block."""
         if self.block_starts is not None:
             return self.block_starts[blocks], self.block_starts[blocks + 1] - self.block_starts[blocks]
+        assert self.block_rows is not None
         starts = blocks * self.block_rows
         return starts, np.minimum(self.block_rows, self.epoch_rows - starts)
 

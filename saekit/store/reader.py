@@ -320,13 +320,13 @@ class SiteFiles:
         """Per shard the rows that are outliers, counted from its first, int64."""
         return [layout.map_tensors(path)["outlier_rows"].astype(np.int64) for path in self.paths]
 
-    def advise(self, first: np.ndarray, last: np.ndarray, advice: int) -> None:
-        """madvise for the pages of rows first[i] to last[i]."""
+    def will_need(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Have the kernel begin to read rows first[i] to last[i] from the disk."""
         for shard in range(len(self.shards)):
             lo, hi = self.shard_rows[shard], self.shard_rows[shard + 1]
             for a, b in zip(*_clip(first, last, lo, hi)):
                 start = int(self._addresses[shard] + (a - lo) * self.row_bytes)
-                _madvise(start, int((b - a + 1) * self.row_bytes), advice)
+                _will_need(start, int((b - a + 1) * self.row_bytes))
 
 
 def _clip(first: np.ndarray, last: np.ndarray, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
@@ -347,15 +347,15 @@ class _Span:
         }
 
 
-_WILLNEED, _DONTNEED = 3, 4
 _libc = ctypes.CDLL(None) if os.name == "posix" else None
+_MADV_WILLNEED = 3
 
 
-def _madvise(start: int, length: int, advice: int) -> None:
-    """A hint to the kernel; what it answers makes no difference to what is read."""
+def _will_need(start: int, length: int) -> None:
+    """A hint; what the kernel answers makes no difference to what is read."""
     if _libc is not None:
         page = start % layout.PAGE
-        _libc.madvise(ctypes.c_void_p(start - page), ctypes.c_size_t(length + page), advice)
+        _libc.madvise(ctypes.c_void_p(start - page), ctypes.c_size_t(length + page), _MADV_WILLNEED)
 
 
 class Batch(Mapping):
@@ -381,7 +381,23 @@ class Batch(Mapping):
 class Batches:
     """Shuffled batches of one or more sites. Iterating goes on where `state()` stands; made by `Store.batches`."""
 
-    def __init__(self, store: Store, sites: tuple[str, ...], *, batch, seed, epochs, split, ram, outliers, block, state, device, rank, ranks):  # fmt: skip
+    def __init__(
+        self,
+        store: Store,
+        sites: tuple[str, ...],
+        *,
+        batch: int,
+        seed: int,
+        epochs: int,
+        split: Split,
+        ram: int,
+        outliers: Outliers,
+        block: str | int,
+        state: Mapping | None,
+        device: torch.device,
+        rank: int,
+        ranks: int,
+    ):
         self.store, self.sites, self.batch, self.seed, self.epochs = store, sites, batch, seed, epochs
         self.split, self.outliers, self.device, self.rank, self.ranks = split, outliers, device, rank, ranks
         assert batch >= 1 and epochs >= 1 and 0 <= rank < ranks
@@ -393,7 +409,8 @@ class Batches:
         self.n_batches = epochs * len(valid) // batch
         if self.n_batches == 0:
             self.require(batch)
-        self.block, self.window_blocks = None, None
+        self.block: int | str | None = None
+        self.window_blocks: int | None = None
         self._order = self._uniform(valid) if self.mode == "uniform" else self._in_blocks(valid, ram, block)
         self.done = 0
         if state is not None:
@@ -410,12 +427,12 @@ class Batches:
     @property
     def variance_ratio(self) -> float:
         """About how much more batch means of a slowly varying quantity vary than those of random batches."""
-        return 1.0 if self._order.uniform or self._order.n_windows == 1 else 1 + self.batch / self.window_blocks
+        return 1.0 if self.window_blocks is None or self._order.n_windows == 1 else 1 + self.batch / self.window_blocks
 
     def summary(self) -> str:
         """One line: rows, mode, how well it is shuffled, what stays unread."""
         text = f"{self.rows_per_epoch:,} rows per epoch, "
-        if self.mode == "uniform":
+        if self.window_blocks is None:
             text += "uniformly shuffled"
         else:
             size = self.window_blocks * self.rows_per_epoch / self._order.n_blocks * self._row_bytes
@@ -497,7 +514,8 @@ class Batches:
             n_blocks, largest = len(starts) - 1, int(np.diff(starts).max())
         else:
             narrowest = min(self.store.files(site).row_bytes for site in self.sites)
-            self.block = largest = -(-(BLOCK_BYTES if block == "auto" else block) // narrowest)
+            block_bytes = block if isinstance(block, int) else BLOCK_BYTES
+            self.block = largest = -(-block_bytes // narrowest)
             n_blocks = -(-len(valid) // largest)
         fitting = max(1, ram // (largest * self._row_bytes))
         wanted = WINDOW_BATCH_MULTIPLE * self.batch
@@ -529,7 +547,7 @@ class Batches:
                 started = time.perf_counter()
                 while submitted < self.n_batches and len(pending) < AHEAD:
                     if self.mode == "blocks" and (now := self._window(submitted)) != window:
-                        fetcher.submit(self._next_window, window, now)
+                        fetcher.submit(self._fetch, now, window is None)
                         window = now
                     pending.append(pool.submit(self._read, submitted, stream))
                     submitted += 1
@@ -557,26 +575,30 @@ class Batches:
             copied.record(stream)
         return tensors, rows, copied
 
-    # Hints: the kernel reads the next window from the disk while this one is used, and forgets the last one
+    # Hints: the kernel reads from the disk what will be wanted, while the consumer works. What is mapped are clean pages of
+    # the page cache, which it takes back when memory is short, so nothing is ever released here.
 
     def _window(self, k: int) -> tuple[int, int]:
         epoch, position = divmod(k * self.batch, self.rows_per_epoch)
         return epoch, self._order.window_of(epoch, position)
 
     def _fetch_all(self) -> None:
-        whole = np.array([0]), np.array([self.store.rows - 1])
         for site in self.sites:
-            self.store.files(site).advise(*whole, _WILLNEED)
+            self.store.files(site).will_need(np.array([0]), np.array([self.store.rows - 1]))
 
-    def _next_window(self, last: tuple[int, int] | None, now: tuple[int, int]) -> None:
-        epoch, w = now
-        following = (epoch, w + 1) if w + 1 < self._order.n_windows else (epoch + 1, 0)
-        hints = [(following, _WILLNEED)] if following[0] < self.epochs else []
-        hints += [(last, _DONTNEED)] if last is not None else [(now, _WILLNEED)]
-        for window, advice in hints:
-            extent = self._order.window_extent(*window)
-            for site in self.sites:
-                self.store.files(site).advise(*extent, advice)
+    def _fetch_window(self, epoch: int, w: int) -> None:
+        for site in self.sites:
+            self.store.files(site).will_need(*self._order.window_extent(epoch, w))
+
+    def _fetch(self, window: tuple[int, int], first: bool) -> None:
+        """The window after this one, and this one too if nothing was fetched before."""
+        epoch, w = window
+        if first:
+            self._fetch_window(epoch, w)
+        if w + 1 < self._order.n_windows:
+            self._fetch_window(epoch, w + 1)
+        elif epoch + 1 < self.epochs:
+            self._fetch_window(epoch + 1, 0)
 
 
 # Sizes

@@ -237,8 +237,8 @@ class StoreWriter:
             rows: site -> (n, D) in the store dtype, n = `self.rows(i)`, in text order; all of them finite.
             norm_limits: site -> norm above which a row is an outlier, None = off; the same at every call.
         """
-        assert self.table is not None and i not in self.committed and set(rows) == set(self.sites)
-        limits = {site: None if norm_limits[site] is None else float(norm_limits[site]) for site in self.sites}
+        assert self.table is not None and i not in self.committed and set(rows) == set(norm_limits) == set(self.sites)
+        limits = {site: None if limit is None else float(limit) for site, limit in norm_limits.items()}
         files = {}
         with self._writing(i):
             if self.norm_limits is None:
@@ -270,7 +270,6 @@ class StoreWriter:
     def finish(self) -> Path:
         """Join what was committed, write the manifest, remove `state/`; returns the folder, now a finished store."""
         assert self.table is not None and len(self.committed) == len(self.shards) > 0
-        assert self.norm_limits is not None
         with self._writing():
             records = [self._records[i] for i in range(len(self.shards))]
             merged = {
@@ -290,8 +289,8 @@ class StoreWriter:
         return self.out
 
     def _manifest(self, records: list[dict], statistics: dict, merged: Mapping[str, layout.Sums]) -> dict:
-        plan = self.plan
-        sites = {}
+        assert self.table is not None and self.norm_limits is not None
+        plan, sites = self.plan, {}
         for site in self.sites:
             entry = dict(plan["sites"][site])
             multiple = entry.pop("norm_multiple")

@@ -100,12 +100,12 @@ def visit(server, chromium):
     assert not complaints
 
 
-def settle(page, quiet: float = 0.35):
-    """Waits until the page shows something and has not been rerunning for a moment."""
+def settle(page):
+    """Waits until the page shows something, no script has been running for a moment, and tables are drawn."""
     page.wait_for_selector("[data-testid=stHtml], [data-testid=stAlert]", timeout=30_000, state="attached")
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
-    page.wait_for_timeout(1000 * quiet)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
+    for _ in range(2):
+        page.wait_for_timeout(250)
+        page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=30_000, state="attached")
 
 
 def press(page, *keys: str):
@@ -122,10 +122,14 @@ def parameters(page) -> dict:
     return {k: v[0] for k, v in parse_qs(urlsplit(page.url).query).items()}
 
 
+ROW = 33
+"""Pixels of a table row at the theme's font size."""
+
+
 def click_row(page, row: int, x: int = 60):
     """Clicks visible row `row` of the first table; the grid is a canvas."""
     box = page.get_by_test_id("stDataFrame").first.bounding_box()
-    page.mouse.click(box["x"] + x, box["y"] + 35 * (row + 1) + 17)
+    page.mouse.click(box["x"] + x, box["y"] + ROW * (row + 1.5))
     settle(page)
 
 
@@ -244,7 +248,7 @@ def test_filters_stay(visit, server):
     page.get_by_role("radio", name="unlabelled").or_(page.get_by_role("button", name="unlabelled")).first.click()
     settle(page)
     page.get_by_role("combobox").nth(1).click()
-    page.get_by_role("option", name="firings").click()
+    page.get_by_role("option", name="n", exact=True).click()
     settle(page)
     wanted = {"q": "self", "sort": "n", "desc": "false", "dmin": "0.0001", "label": "unlabelled"}
 
@@ -257,15 +261,15 @@ def test_filters_stay(visit, server):
     click_row(page, 2)
     opened = number(page)
     page.go_back()
-    settle(page, 1)
+    settle(page)
     as_left()
     click_row(page, 2)
     assert number(page) == opened
     page.get_by_role("link", name="Features", exact=True).click()
-    settle(page, 1)
+    settle(page)
     as_left()
     page.reload()
-    settle(page, 1)
+    settle(page)
     as_left()
     other = visit("/features?sae=plain")
     assert other.get_by_role("searchbox", name="Search").input_value() == ""

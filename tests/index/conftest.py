@@ -99,7 +99,11 @@ def make_index(tmp_path):
             b_enc=torch.arange(F, dtype=torch.float32),
             b_dec=torch.ones(D),
             site=site,
-            config={"variant": variant, "signed": bool((dense_NF < 0).any()) if signed is None else signed, "fingerprint": "sha256:sae"},
+            config={
+                "variant": variant,
+                "signed": bool((dense_NF < 0).any()) if signed is None else signed,
+                "fingerprint": "sha256:sae",
+            },
         )
         (folder / "config.json").write_text(json.dumps(sae.config))
         store = MemoryStore(table, tokenizer, folder)
@@ -118,8 +122,8 @@ def make_index(tmp_path):
                 ptr = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(row, minlength=len(at)).cumsum(0)])
                 codes = Codes.flat(ptr, feature, part[row, feature], F)
             else:
-                value, feature = part.abs().topk(int((part != 0).sum(1).max()), dim=1)
-                feature = feature.sort(1).values
+                most = int((part != 0).sum(1).max())
+                feature = part.abs().topk(most, dim=1).indices.sort(1).values
                 codes = Codes.rowwise(part.gather(1, feature), feature, F)
             builder.update(
                 SimpleNamespace(
@@ -154,4 +158,6 @@ def random_index(request, make_index) -> Made:
     lengths = [100, 3, 97, 100, 100, 1, 99, 50, 50]
     rng = np.random.default_rng(5)
     # few tokens, so that contexts repeat
-    return make_index(dense_NF, lengths=lengths, token_N=rng.integers(1, 4, 600), unencoded=[0, 100, 203, 300, 301, 599])
+    return make_index(
+        dense_NF, lengths=lengths, token_N=rng.integers(1, 4, 600), unencoded=[0, 100, 203, 300, 301, 599]
+    )

@@ -386,11 +386,12 @@ def test_input_bias_is_subtracted(name):
     assert_same_row_values(encode_select(x, W, b, b_in, rule=rule).codes, want)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["row_count", "threshold", "row_mass"])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(path, "row_count") for path in PATHS]
+    + [(path, name) for path in FLAT_PATHS for name in ("threshold", "row_mass")],
+)
 def test_a_row_is_encoded_alike_alone_and_in_any_batch(path, name):
-    if path == "cpu" and name != "row_count":
-        pytest.skip("the cpu path selects by row_count alone")
     x, W, b = integers(12, 900)
     permutation = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     t = x.norm(dim=1)

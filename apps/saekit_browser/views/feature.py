@@ -12,10 +12,11 @@ from saekit.errors import SaekitError
 from saekit.feature_index import render
 from saekit_browser import state
 
-VIEWS = {"top": "Top", "quantiles": "Quantiles", "random": "Random", "near": "Near misses"}
-ZOOMS = {"stacked": "Stacked", "snippet": "Snippet", "full": "Full"}
-SIGNS = {"both": "+ and −", "pos": "+", "neg": "−"}
-SCALES = {"own": "own maximum", "p99": "99th percentile"}
+# a bound widget puts the words it shows into the address, so these are the words of the address
+VIEWS = ("top", "quantiles", "random", "near")
+ZOOMS = ("stacked", "snippet", "full")
+SIGNS = ("both", "pos", "neg")
+SCALES = ("own", "p99")
 DEFAULTS = {"view": "top", "zoom": "snippet", "sign": "both", "scale": "own"}
 NEIGHBOURS = {"decoder": ("Nearest", "cosine of decoder rows"), "together": ("Together", "NPMI"), "encoder": ("Encoder", "cosine of encoder rows")}  # fmt: skip
 KEYS = """
@@ -88,12 +89,12 @@ def header(idx) -> int:
         for key, zoom in zip("123", ZOOMS):
             st.button(f"zoom {key}", shortcut=key, on_click=choose, args=("zoom", zoom))
         if idx.signed:
-            st.button("sign", shortcut="S", on_click=turn, args=("sign", tuple(SIGNS)))
-        st.button("view", shortcut="V", on_click=turn, args=("view", tuple(VIEWS)))
+            st.button("sign", shortcut="S", on_click=turn, args=("sign", SIGNS))
+        st.button("view", shortcut="V", on_click=turn, args=("view", VIEWS))
         to_prompt = st.button("prompt", shortcut="P")
         helped = st.button("help", shortcut="H")
     if to_prompt:
-        st.switch_page(state.PROMPT)
+        state.follow(state.PROMPT, feature=str(number))
     if helped:
         show_keys()
     return number
@@ -238,18 +239,18 @@ def examples(idx, number: int):
             st.caption(f"Nearest feature that fires: {alive.feature:,}, cosine {alive.value:.2f}.")
         return
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        control("Examples", "view", VIEWS)
+        control("Examples", "view", VIEWS, "The strongest, slices of equal count from strong to weak, drawn at random, or silent on its commonest tokens")
         control("Context", "zoom", ZOOMS)
         if idx.signed:
             control("Sign", "sign", SIGNS)
-        control("Colour up to", "scale", SCALES)
+        control("Full colour at", "scale", SCALES, "The feature's own largest magnitude, or its 99th percentile")
     choices = [st.session_state.get(k) or v for k, v in DEFAULTS.items()]
     st.html(view(idx, idx.fingerprint, number, *choices))
 
 
-def control(label: str, key: str, names: dict):
+def control(label: str, key: str, values: tuple[str, ...], explained: str | None = None):
     st.segmented_control(
-        label, list(names), default=DEFAULTS[key], required=True, key=key, bind="query-params", format_func=names.get
+        label, values, default=DEFAULTS[key], required=True, key=key, bind="query-params", help=explained
     )
 
 

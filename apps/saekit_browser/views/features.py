@@ -7,18 +7,17 @@ from saekit_browser import state
 
 # Streamlit loads longer tables piecewise, and such tables can neither be searched nor clicked
 MOST_ROWS = 20_000
+SORT_HELP = """energy: share of Σ a²‖d‖² · density: share of tokens · n: firings · token_f1: how well one token explains it ·
+top_token_share: firings on its commonest token · token_entropy: variety of its tokens · logit_kurtosis: peaked logit
+weights · max_dec_cos: nearest decoder row · q95: strong firings · feature: number"""
 
 
 @state.shown
 def page():
     idx = state.index()
-    if "feature" in st.query_params:
-        # opening a feature leaves an address between the two pages in the history; Back ends there first
-        for key, value in state.remembered().items():
-            st.session_state[key] = value
     st.title("Features", anchor=False)
     controls(idx)
-    listing(idx)
+    rows(idx)
 
 
 def controls(idx):
@@ -33,8 +32,9 @@ def controls(idx):
             help="Looks in labels and notes, then exact tokens, then the text. A regular expression between slashes matches "
             "token strings; like:123 finds decoder rows near feature 123.",
         )
-        st.selectbox("Sort by", list(state.SORTS), key="sort", bind="query-params", format_func=state.SORTS.get, width=230)
+        st.selectbox("Sort by", state.SORTS, key="sort", bind="query-params", help=SORT_HELP, width=200)
         st.toggle("Largest first", value=True, key="desc", bind="query-params")
+        st.toggle("Hide silent", value=True, key="alive", bind="query-params")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium", key="filters"):
         st.pills("Only", state.FLAGS, selection_mode="multi", key="flag", bind="query-params")
         st.segmented_control("Labels", state.LABELLED, default="all", required=True, key="label", bind="query-params")
@@ -42,18 +42,17 @@ def controls(idx):
             st.number_input(
                 label, 0.0, 1.0, None, 0.001, key=key, bind="query-params", format="%.3g", placeholder="any", width=96
             )
-        st.toggle("Hide silent features", value=True, key="alive", bind="query-params")
 
 
-def listing(idx):
+def rows(idx):
     features, hits = state.found(idx)
     few = features[:MOST_ROWS] if len(features) > 150_000 else features
     table = FeatureTable(idx, few, columns(idx), idx.labels.all())
-    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+    with st.container(horizontal=True, vertical_alignment="center"):
         cut = f"; the first {MOST_ROWS:,} are shown" if len(few) < len(features) else ""
-        st.caption(f"{len(features):,} of {len(idx):,} features{cut}. Click a row to open it.")
+        st.caption(f"{len(features):,} of {len(idx):,} features{cut}. Click a row to open it.", width="content")
         st.download_button(
-            "CSV",
+            "Save as CSV",
             lambda: FeatureTable(idx, features, (*columns(idx)[:-1], "flags_text"), idx.labels.all()).to_csv(),
             file_name=f"{idx.name}-features.csv",
             mime="text/csv",
@@ -76,7 +75,7 @@ def listing(idx):
     event = st.dataframe(
         frame,
         hide_index=True,
-        height=min(720, 38 + 35 * len(frame)),
+        height="content" if len(frame) < 20 else 720,
         column_config=configuration(),
         placeholder="",
         # a selection belongs to the rows it was made in: other rows are another table
@@ -86,8 +85,9 @@ def listing(idx):
         alt="Table of features; each row opens the feature",
     )
     if event.selection.cells:
-        row = event.selection.cells[0][0]
-        state.open_feature(int(few[row]))
+        number = few[event.selection.cells[0][0]]
+        listing = state.to_link()
+        state.follow(state.FEATURE, feature=str(number), **({"list": listing} if listing else {}))
 
 
 def columns(idx) -> tuple[str, ...]:

@@ -124,8 +124,7 @@ def spectrum(idx):
         st.dataframe({"share of tokens": names, "features": counts[shown]}, hide_index=True, height=220)
     if event.selection.points:
         point = event.selection.points[0]["point_index"]
-        st.session_state.dmin, st.session_state.dmax = float(low[point]), float(high[point])
-        st.switch_page(state.FEATURES)
+        state.follow(state.FEATURES, dmin=repr(float(low[point])), dmax=repr(float(high[point])))
 
 
 def crowd(idx):

@@ -11,10 +11,10 @@ from saekit_browser import state
 
 URL_CHARACTERS = 2_000
 TEXT_CHARACTERS = 20_000
-ROWS = 20
+ROWS = 16
 LINES = 8
 TYPED, PASSAGE = "Your text", "A passage of the index"
-RANKS = {"magnitude": "magnitude", "rarity": "magnitude × −log density"}
+RANKS = ("magnitude", "rarity")
 HIDE = ("dense", "start-of-sequence")
 
 # Builds its nodes with textContent only: tokens are whatever the text holds. Arrays in, the clicked token out.
@@ -74,7 +74,9 @@ def prompt(idx):
         return
     left, right = st.columns([5, 3], gap="large")
     with right, st.container(horizontal=True, vertical_alignment="bottom"):
-        st.segmented_control("Rank by", list(RANKS), default="magnitude", required=True, key="rank", bind="query-params")
+        st.segmented_control(
+            "Rank by", RANKS, default="magnitude", required=True, key="rank", bind="query-params", help="rarity = magnitude × −log density"
+        )
         st.pills("Hide", HIDE, selection_mode="multi", key="hide", bind="query-params")
     with left:
         feature = colour(idx, text)
@@ -254,7 +256,7 @@ def ranking(idx, text: EncodedText):
     st.dataframe(
         frame,
         hide_index=True,
-        height=min(560, 38 + 35 * len(frame)),
+        height="content",
         key=key,
         on_select=lambda: pick(key, features),
         selection_mode="single-cell",
