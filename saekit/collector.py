@@ -211,6 +211,7 @@ def _fill(lm: LanguageModel, writer: StoreWriter, sites: dict[str, Site], settin
     """Computes and writes every shard that is not committed."""
     todo = [i for i in range(len(writer.shards)) if i not in writer.committed]
     table = writer.table
+    assert table is not None
     starts = [int(table.seq_start[r.start]) for r in writer.shards] + [table.n_tokens]
     limits = writer.norm_limits
     held: list[tuple[int, dict[str, Tensor]]] = []
@@ -282,6 +283,7 @@ def _shard(
     Raises SaekitError for a value that is not finite or does not fit the dtype, naming where it stands.
     """
     table, sequences, n = writer.table, writer.shards[i], writer.rows(i)
+    assert table is not None
     dtype = TORCH_DTYPES[settings.dtype]
     rows = {name: torch.empty(n, site.d, dtype=dtype) for name, site in sites.items()}
     # read once per shard: a look at each batch would stop a GPU

@@ -347,13 +347,14 @@ class LanguageModel:
 
     def _locate(self, name: str, layer: int, kind: str) -> tuple[Site, _Point]:
         layout, config, D = self._layout, self.config, self.d_model
+        block = self._blocks[layer]
+        if kind in ("hook_resid_pre", "hook_resid_post"):
+            return Site(name, D, layer), _Point(block, "input" if kind == "hook_resid_pre" else "output", 1.0)
+        assert layout is not None, kind
         if kind == EMBED:
             scale = getattr(config, layout.embed_scale) if layout.embed_scale else 1.0
             module = self._decoder.get_submodule(layout.embed)
             return Site(name, D, -1), _Point(module, "output", scale)
-        block = self._blocks[layer]
-        if kind in ("hook_resid_pre", "hook_resid_post"):
-            return Site(name, D, layer), _Point(block, "input" if kind == "hook_resid_pre" else "output", 1.0)
         if kind == "hook_resid_mid":
             return Site(name, D, layer), _Point(block.get_submodule(layout.mid), "input", 1.0)
         if kind in ("hook_attn_out", "hook_mlp_out"):
@@ -374,8 +375,8 @@ class LanguageModel:
 
         Tried on four tokens, for architectures that have no layout of their own.
         """
-        reads: list[Tensor | None] = [None] * self.n_layers
-        returns: list[Tensor | None] = [None] * self.n_layers
+        reads: dict[int, Tensor] = {}
+        returns: dict[int, Tensor] = {}
         ids_BT = torch.arange(4, device=self.device)[None] % self.vocab_size
 
         def listen(i, block):
@@ -389,9 +390,11 @@ class LanguageModel:
 
         with self._running(), _hooks(h for i, block in enumerate(self._blocks) for h in listen(i, block)):
             self._decoder(input_ids=ids_BT, use_cache=False)
-        shape = (1, 4, self.d_model)
-        return all(x is not None and x.shape == shape for x in reads + returns) and all(
-            torch.equal(a, b) for a, b in zip(returns, reads[1:])
+        layers = range(self.n_layers)
+        return (
+            all(i in reads and i in returns for i in layers)
+            and all(x.shape == (1, 4, self.d_model) for x in [*reads.values(), *returns.values()])
+            and all(torch.equal(returns[i], reads[i + 1]) for i in layers[:-1])
         )
 
     @cached_property
@@ -527,9 +530,10 @@ def _load(name: str, device: str, compute: str) -> LanguageModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        hf, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, **({"gguf_file": gguf} if gguf else {})
         )
+        hf, info = loaded
         tokenizer = _load_tokenizer(folder, gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise SaekitError(f"cannot load model {name}: {_why(error, folder)}") from error
@@ -638,7 +642,7 @@ def weights_fingerprint(hf: nn.Module) -> str:
     def line(item: tuple[str, Tensor]) -> str:
         name, tensor = item
         raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        digest = hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+        digest = hashlib.sha256(raw.numpy().data).hexdigest()
         return f"{name} {str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape))} {digest}\n"
 
     # hashing lets go of the interpreter: two threads read two tensors
@@ -678,7 +682,7 @@ def _hooks(handles):
 
 def _reads(module: nn.Module) -> int:
     """Width of what a projection reads; Transformers' Conv1D keeps its weight transposed."""
-    return module.in_features if hasattr(module, "in_features") else module.weight.shape[0]
+    return module.in_features if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0]
 
 
 def _tensor(output) -> Tensor:

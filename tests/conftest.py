@@ -2,7 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # tiny tensors gain nothing from threads, and processes that share cores lose much by waiting for each other's
@@ -88,3 +92,34 @@ def tiny_text(tmp_path_factory) -> Path:
         lines.append(json.dumps({"text": body}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+class Demo(NamedTuple):
+    folder: Path
+    """What `saekit demo --no-browser --out` left: acts/ and saes/topk/."""
+    log: str
+    """What it printed, on both streams."""
+    seconds: float
+
+
+# every way out to the network raises; the command line runs on as a user's would
+OFFLINE = """
+import socket, sys
+def blocked(*args, **kwargs):
+    raise RuntimeError("the demo tried to reach the network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = blocked
+from saekit import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Demo:
+    """The demo, built once for all tests that look at it, in a process whose sockets are blocked."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    start = time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+    line = [sys.executable, "-c", OFFLINE, "demo", "--no-browser", "--out", str(folder)]
+    result = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return Demo(folder, result.stdout + result.stderr, time.monotonic() - start)

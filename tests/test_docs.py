@@ -23,6 +23,8 @@ def test_the_readme_snippet_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
         '"gpt2"': repr(str(tiny_model)),
         "blocks.6.hook_resid_post": "blocks.1.hook_resid_post",
         '"data/*.jsonl"': repr(str(tiny_text)),
+        'out="acts/gpt2"': 'out="acts/gpt2", context=64',
+        'out="saes/gpt2-topk"': 'out="saes/gpt2-topk", batch=512',
         "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)",
     }
     for old, new in swaps.items():

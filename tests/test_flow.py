@@ -20,7 +20,7 @@ def test_text_to_feature(tiny_model, tiny_text, tmp_path):
     assert "nats with the SAE in place" in evaluation.health()
 
     index = sk.build_index(sae, store)
-    busiest = index.table(sort="-n", limit=1)["feature"][0]
+    busiest = int(index.table(sort="-n", limit=1).features[0])
     feature = index.feature(busiest)
     assert feature.n > 0
     assert "<b" in feature._repr_html_()  # tokens on which it fires are marked

@@ -1,7 +1,7 @@
 """What all pages share: the folder that is browsed, the SAE that is looked at, and what stands in the URL.
 
-Every shareable choice is a URL parameter and a bound widget of the same name; what people write goes to SQLite;
-`st.session_state` holds widget values only. Page and parameter names are public and never change inside a major version.
+Every shareable choice is a URL parameter and a widget of the same name (`enter` and `leave` keep them equal); what people
+write goes to SQLite. Page and parameter names are public and never change inside a major version.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlencode
 
 import numpy as np
 import streamlit as st
@@ -25,14 +25,9 @@ from saekit.errors import SaekitError
 from saekit.feature_index import FeatureIndex, open_index, render
 
 VIEWS = Path(__file__).parent / "views"
-OVERVIEW, FEATURES, FEATURE, PROMPT = (str(VIEWS / f"{name}.py") for name in ("overview", "features", "feature", "prompt"))
-# the choices of page Features; they also set the order in which J and K walk
-LIST_KEYS = ("q", "sort", "desc", "alive", "dmin", "dmax", "flag", "label")
-SORTS = (
-    "energy", "density", "n", "token_f1", "top_token_share", "token_entropy", "logit_kurtosis", "max_dec_cos", "q95", "feature",
-)  # fmt: skip
-FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
-LABELLED = ("all", "labelled", "unlabelled")
+OVERVIEW, FEATURES, FEATURE, PROMPT = (
+    str(VIEWS / f"{name}.py") for name in ("overview", "features", "feature", "prompt")
+)
 SEARCH_LIMIT = 500
 
 CLICK = """<script>
@@ -192,56 +187,150 @@ def shown(view: Callable) -> Callable:
         except Exception:
             number = secrets.token_hex(2)
             log.exception("error %s", number)
-            st.error(f"This panel failed; error {number} in the output of saekit browse says why.", icon=":material/error:")
+            st.error(
+                f"This panel failed; error {number} in the output of saekit browse says why.", icon=":material/error:"
+            )
 
     return inner
 
 
-# the list of page Features
+# the address
 
 
-def remembered() -> dict:
-    """The choices of page Features as they were left, whichever page is shown."""
-    defaults = {"q": "", "sort": "energy", "desc": True, "alive": True, "dmin": None, "dmax": None, "flag": [], "label": "all"}
-    given = {k: st.session_state[k] for k in LIST_KEYS if k in st.session_state}
-    return {**defaults, **given}
+class Choice(NamedTuple):
+    """One choice of a page: a widget key and a URL parameter of the same name."""
+
+    default: Any
+    read: Callable[[list[str]], Any]
+    """From the strings in the URL; None if they make no sense."""
 
 
-def to_link() -> str:
-    """The choices that differ from their defaults, as one URL parameter `list` of page Feature."""
-    known = remembered()
-    parts = [("q", known["q"])] if known["q"] else []
-    parts += [("sort", known["sort"])] if known["sort"] != "energy" else []
-    parts += [(k, "false") for k in ("desc", "alive") if not known[k]]
-    parts += [(k, repr(known[k])) for k in ("dmin", "dmax") if known[k] is not None]
-    parts += [("flag", f) for f in known["flag"]]
-    parts += [("label", known["label"])] if known["label"] != "all" else []
-    return urlencode(parts)
+def _one_of(*values: str) -> Choice:
+    return Choice(values[0], lambda given: given[-1] if given[-1] in values else None)
 
 
-def from_link(text: str):
-    """Puts the choices of a `list` parameter back where page Features will find them; what it does not know it leaves out."""
-    flags = []
-    for key, value in parse_qsl(text):
-        if key == "q":
-            st.session_state.q = value[:200]
-        elif (key == "sort" and value in SORTS) or (key == "label" and value in LABELLED):
-            st.session_state[key] = value
-        elif key in ("desc", "alive"):
-            st.session_state[key] = value != "false"
-        elif key in ("dmin", "dmax") and re.fullmatch(r"[\d.e+-]+", value):
-            st.session_state[key] = min(1.0, max(0.0, _number(value)))
-        elif key == "flag" and value in FLAGS:
-            flags.append(value)
-    if flags:
-        st.session_state.flag = flags
+def _some_of(*values: str) -> Choice:
+    return Choice([], lambda given: [v for v in given if v in values])
 
 
-def _number(text: str) -> float:
+def _yes(default: bool) -> Choice:
+    return Choice(default, lambda given: {"true": True, "false": False}.get(given[-1]))
+
+
+def _share(given: list[str]) -> float | None:
     try:
-        return float(text)
+        return min(1.0, max(0.0, float(given[-1])))
     except ValueError:
-        return 0.0
+        return None
+
+
+def _number(given: list[str]) -> int | None:
+    return int(given[-1]) if re.fullmatch(r"[0-9]{1,12}", given[-1]) else None
+
+
+SORTS = (
+    "energy", "density", "n", "token_f1", "top_token_share", "token_entropy", "logit_kurtosis", "max_dec_cos", "q95", "feature",
+)  # fmt: skip
+FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
+LABELLED = ("all", "labelled", "unlabelled")
+VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
+RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
+URL_CHARACTERS = 2_000
+
+CHOICES: dict[str, dict[str, Choice]] = {
+    "features": {
+        "q": Choice("", lambda given: given[-1][:200]),
+        "sort": _one_of(*SORTS),
+        "desc": _yes(True),
+        "alive": _yes(True),
+        "dmin": Choice(None, _share),
+        "dmax": Choice(None, _share),
+        "flag": _some_of(*FLAGS),
+        "label": _one_of(*LABELLED),
+    },
+    "feature": {
+        "feature": Choice(0, _number),
+        "view": _one_of(*VIEWS),
+        "zoom": _one_of(*ZOOMS),
+        "sign": _one_of(*SIGNS),
+        "scale": _one_of(*SCALES),
+    },
+    "prompt": {
+        "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
+        "feature": Choice(None, _number),
+        "rank": _one_of(*RANKS),
+        "hide": _some_of(*HIDE),
+    },
+}
+
+
+def enter(page: str):
+    """Before the widgets of a page: an address that is not the one this page wrote last sets them, else they are as left.
+
+    Streamlit's own `bind="query-params"` does half of this, but on every change of page it writes an address of the old
+    page without its parameters into the history, so that Back resets the filters and the feature number.
+    """
+    given = _in_address(page)
+    if given and given != st.session_state.get(f"written-{page}"):
+        # one filter in a link means that the others are off; the way a feature is looked at is kept
+        _apply(page, given, reset=page == "features")
+    for key, choice in CHOICES[page].items():
+        st.session_state.setdefault(key, choice.default)
+
+
+def leave(page: str):
+    """After the widgets of a page, or of a fragment of it: the address says what they say."""
+    wanted = _as_strings(page)
+    given = _in_address(page)
+    for key in given.keys() - wanted.keys():
+        del st.query_params[key]
+    if changed := {k: v for k, v in wanted.items() if given.get(k) != v}:
+        st.query_params.update(changed)
+    st.session_state[f"written-{page}"] = wanted
+
+
+def _in_address(page: str) -> dict[str, list[str]]:
+    return {k: st.query_params.get_all(k) for k in CHOICES[page] if k in st.query_params}
+
+
+def _apply(page: str, given: dict[str, list[str]], *, reset: bool):
+    for key, choice in CHOICES[page].items():
+        value = choice.read(given[key]) if key in given else None
+        if value is not None:
+            st.session_state[key] = value
+        elif reset or key in given:
+            st.session_state[key] = choice.default
+
+
+def _as_strings(page: str) -> dict[str, list[str]]:
+    """Parameters of the choices that differ from their defaults."""
+    out = {}
+    for key, value in remembered(page).items():
+        if value != CHOICES[page][key].default:
+            many = value if isinstance(value, list | tuple) else [value]
+            out[key] = [str(v).lower() if isinstance(v, bool) else str(v) for v in many]
+    if len(out.get("text", [""])[0]) > URL_CHARACTERS:
+        del out["text"]
+    return out
+
+
+def remembered(page: str) -> dict:
+    """The choices of a page as they were left, whichever page is shown."""
+    return {k: st.session_state.get(k, c.default) for k, c in CHOICES[page].items()}
+
+
+def link(page: str, **more: str) -> str:
+    """The query string of the choices of a page, `more` first."""
+    return urlencode({**more, **_as_strings(page)}, doseq=True)
+
+
+def restore_list():
+    """On a page opened from page Features: its parameter `list` holds the filters, so that a reload keeps them."""
+    if "list" in st.query_params and not any(k in st.session_state for k in CHOICES["features"]):
+        _apply("features", parse_qs(st.query_params["list"]), reset=True)
+
+
+# the list of page Features
 
 
 class Found(NamedTuple):
@@ -253,7 +342,7 @@ class Found(NamedTuple):
 
 def found(idx: FeatureIndex, keep: int | None = None) -> Found:
     """What page Features lists now, and `keep` even if a label that was just written would drop it from the list."""
-    known = remembered()
+    known = remembered("features")
     # labels are searched too, so a query is asked again when they change
     hits = _hits(idx, idx.fingerprint, _age(idx.labels.path), known["q"].strip())
     choices = (known["sort"], known["desc"], known["alive"], known["dmin"], known["dmax"], tuple(known["flag"]))

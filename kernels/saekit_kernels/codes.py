@@ -61,6 +61,20 @@ class Codes:
             )
         return cls(values_N, indices_N.to(torch.int32), row_ptr.to(torch.int32), n_features)
 
+    @classmethod
+    def concatenate(cls, parts: list["Codes"]) -> "Codes":
+        """The rows of all parts, in order. Raises ValueError unless they have one F and one form (row-wise: one K)."""
+        forms = {(p.n_features, p.values.shape[1] if p.row_ptr is None else "flat") for p in parts}
+        if len(forms) != 1:
+            raise ValueError(f"codes to concatenate need one (F, K) or all flat, got {sorted(forms, key=str)}")
+        values, indices = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+        if parts[0].row_ptr is None:
+            return cls(values, indices, None, parts[0].n_features)
+        counts = torch.cat([p.row_ptr.diff() for p in parts if p.row_ptr is not None])
+        row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=values.device)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=row_ptr[1:])
+        return cls(values, indices, row_ptr, parts[0].n_features)
+
     @property
     def batch(self) -> int:
         """B, the number of rows."""

@@ -27,7 +27,8 @@ __all__ = [
     "segment_sum",
 ]
 
-HAS_FUSED_ADAM = hasattr(torch, "_fused_adam_")
+# private in torch: where it is missing, row_adam_ runs on the portable path
+FUSED_ADAM = getattr(torch, "_fused_adam_", None)
 HAS_MKL = torch.backends.mkl.is_available()
 # an output of this size or more is written by the CSR product into a kept buffer: a fresh one costs its page faults
 CSR_BYTES = 1 << 23
@@ -135,6 +136,7 @@ def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=Non
 
     (24576, 768): blocks of 512 rows 29, of 256 32, of 2048 41, the whole matrix 126; fused Adam alone 13.
     """
+    assert FUSED_ADAM is not None
     step = torch.as_tensor(step, dtype=torch.float32)
     rows = max(16, (3 << 19) // (w.element_size() * max(1, w.shape[1])))
     for lo in range(0, len(w), rows):
@@ -144,7 +146,7 @@ def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=Non
             g = g * grad_scale
         if unit_norm:
             g = torch.addcmul(g, torch.linalg.vecdot(g, block).unsqueeze(1), block, value=-1)
-        torch._fused_adam_(
+        FUSED_ADAM(
             [block], [g], [m[at]], [v[at]], [], [step],
             lr=lr, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip

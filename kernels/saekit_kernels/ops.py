@@ -19,7 +19,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _choose(forced: str | None, op: str, device: str, dtype: torch.dtype, rule: 
         elif op == "encode_select" and (rule != "row_count" or key == "raw" or scaled):
             what = rule if rule != "row_count" else f"key {key!r}" if key == "raw" else "scale_F"
             cannot["cpu"] = f"the cpu path does not select by {what}"
-        elif op == "row_adam_" and not cpu.HAS_FUSED_ADAM:
+        elif op == "row_adam_" and cpu.FUSED_ADAM is None:
             cannot["cpu"] = "this torch has no _fused_adam_"
     if forced is not None:
         if forced in cannot:
@@ -190,7 +190,7 @@ def _resolve_compute(compute: str | None, x: Tensor) -> str:
     return compute
 
 
-def _alike(*tensors: Tensor | None) -> list[Tensor | None]:
+def _alike(*tensors: Tensor | None) -> list[Any]:
     """The tensors in float64 if one of them is, else in float32."""
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     return [t if t is None else t.to(dtype) for t in tensors]
@@ -249,11 +249,11 @@ def _flatten(rule: Rule, like: Tensor) -> tuple[str, int, Tensor | None, float, 
     return name, 0, torch.as_tensor(rule.theta, dtype=like.dtype, device=like.device), rule.margin, None
 
 
-def _encode(x, W_enc, b_enc, b_in, rule: Rule, key, scale, compute, workspace):
-    x, W_enc, b_enc, b_in, scale = (None if t is None else t.detach() for t in _alike(x, W_enc, b_enc, b_in, scale))
+def _encode(x: Tensor, W_enc, b_enc, b_in, rule: Rule, key, scale, compute, workspace):
+    x, W_enc, b_enc, b_in, scale = _alike(x, W_enc, b_enc, b_in, scale)
     path = _path("encode_select", x, _RULES[type(rule)], key, scale is not None)
     extra = {} if path is reference else {"compute": compute, "workspace": workspace}
-    with _no_autocast(x):
+    with torch.no_grad(), _no_autocast(x):
         codes, threshold, hint = path.encode_select(x, W_enc, b_enc, b_in, rule=rule, key=key, scale_F=scale, **extra)
     none = x.new_empty(0)
     row_ptr = torch.empty(0, dtype=torch.int32, device=x.device) if codes.row_ptr is None else codes.row_ptr
@@ -383,8 +383,7 @@ def encode_select(
         out = _encode_op(x_BD, W_enc_FD, b_enc_F, b_in_D, *_flatten(rule, x_BD), key, scale_F, compute)
     else:
         _check_no_graph("workspace", x_BD, W_enc_FD, b_enc_F, b_in_D)
-        with torch.no_grad():
-            out = _encode(x_BD, W_enc_FD, b_enc_F, b_in_D, rule, key, scale_F, compute, workspace)
+        out = _encode(x_BD, W_enc_FD, b_enc_F, b_in_D, rule, key, scale_F, compute, workspace)
     values, indices, row_ptr, threshold, hint, counters = out
     codes = Codes(values, indices, None if isinstance(rule, RowCount) else row_ptr, n_features)
     barred = isinstance(rule, BatchCount | ColumnCount)

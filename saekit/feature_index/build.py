@@ -62,11 +62,11 @@ DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "
 
 @dataclass(frozen=True, eq=False)
 class VocabBytes:
-    """Raw bytes of each token id: those of id i are bytes[start[i] : start[i + 1]]; none where there is no such token."""
+    """Raw bytes of each token id: those of id i are blob[start[i] : start[i + 1]]; none where there is no such token."""
 
     start: np.ndarray
     """(V + 1) int64."""
-    bytes: np.ndarray
+    blob: np.ndarray
     """uint8."""
     special: np.ndarray
     """(V) bool."""
@@ -85,7 +85,7 @@ class VocabBytes:
         more = max(0, V - len(self))
         return VocabBytes(
             np.concatenate([self.start, np.full(more, self.start[-1])]),
-            self.bytes,
+            self.blob,
             np.concatenate([self.special, np.zeros(more, bool)]),
         )
 
@@ -262,7 +262,7 @@ class IndexBuilder:
         self._Z = 0
         self._seen = 0
         self._exponent: int | None = None
-        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # (first firing, exponent) of each stretch written with one exponent
         self._runs: list[tuple[int, int]] = []
         self._largest = self._largest_early = 0.0
@@ -441,7 +441,7 @@ class IndexBuilder:
                 "encoded": self._encoded,
             },
         )
-        self._write("vocab", {"start": self.vocab.start, "bytes": self.vocab.bytes, "special": self.vocab.special})
+        self._write("vocab", {"start": self.vocab.start, "bytes": self.vocab.blob, "special": self.vocab.special})
         counts = np.bincount(self.token, minlength=len(self.vocab))
         position = np.argsort(self.token, kind="stable").astype(np.uint32)
         self._write(
@@ -556,7 +556,6 @@ class IndexBuilder:
 
     def _write_logits(self) -> dict[str, np.ndarray]:
         if self.unembedding is None:
-            self.warnings.append("no logit weights: the language model was not at hand")
             return {}
         W_U_VD, self.logit_note = self.unembedding
         if not str(self.site).endswith(DIRECT) or W_U_VD.shape[1] != self.D:
@@ -577,7 +576,10 @@ class IndexBuilder:
                 "capped": c["kept"] < 1,
                 "start-of-sequence": c["start_share"] > 0.5,
             }
-        return sum(np.where(rule, FLAGS[name], 0) for name, rule in rules.items()).astype(np.uint16)
+        flags = np.zeros(self.F, np.uint16)
+        for name, rule in rules.items():
+            flags[rule] |= FLAGS[name]
+        return flags
 
     def _write_map(self):
         if self.D < 2:
@@ -594,7 +596,7 @@ class IndexBuilder:
     def _write_manifest(self):
         store, config = self.store.manifest, self.sae.config
         tokenizer, model = store.get("tokenizer"), store.get("model") or {}
-        blob = sha256(self.vocab.bytes.tobytes())
+        blob = sha256(self.vocab.blob.tobytes())
         blob.update(self.vocab.start.tobytes())
         dead = int((self._n == 0).sum())
         if dead:
@@ -682,15 +684,19 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
         raise SaekitError("the SAE has no folder for its index yet; save it first: sae.save(folder)")
     store = find_store(sae, store or o.store, force=o.force)
     site = find_site(sae, store, o.site)
-    vocab = unembedding = missing = None
+    vocab = unembedding = None
+    reasons = []
     try:
         lm = find_model(store, o.model, device=o.device, force=o.force)
     except SaekitError as error:
         if o.model is not None:
             raise
-        missing = f"no token text and no logit weights: {error}"
+        reasons.append(f"no token text and no logit weights: {error}")
     else:
-        unembedding = lm.unembedding()
+        try:
+            unembedding = lm.unembedding()
+        except SaekitError as error:
+            reasons.append(f"no logit weights: {error}")
         if lm.tokenizer is not None:
             vocab = vocab_bytes(lm.tokenizer, lm.vocab_size)
     n_sequences = None
@@ -699,9 +705,9 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
     builder = IndexBuilder(
         sae, store, sae.path, site=site, n_sequences=n_sequences, vocab=vocab, unembedding=unembedding, seed=o.seed
     )
-    if missing:
-        builder.warnings.append(missing)
+    builder.warnings += reasons
     encode_store(sae, store, site, [builder], rows=builder.rows(), name="index")
+    assert builder.index is not None
     return builder.index
 
 

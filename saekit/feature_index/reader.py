@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,8 @@ SIGNS = {"+": 0, "pos": 0, "-": 1, "neg": 1}
 # firings counted for what fires together, positions kept of a common token, and seconds given to a regular expression
 TOGETHER_POSITIONS = 20_000
 TOGETHER_LEAST = 5
+FEW = 10
+"""A feature that fires less often shows every firing and no quantiles."""
 REGEX_SECONDS = 2.0
 
 
@@ -755,6 +757,14 @@ class FeatureIndex:
         return problems
 
 
+def _by_strength(stored: np.ndarray, row: int) -> np.ndarray:
+    """Indices of the codes of one sign (row 0 positive, 1 negative) by falling magnitude, ties by position."""
+    mine = np.flatnonzero(stored > 0 if row == 0 else stored < 0)
+    # magnitude bits of float16 sort as integers
+    bits = (stored[mine].view(np.uint16) & 0x7FFF).astype(np.int32)
+    return mine[np.argsort(-bits, kind="stable")]
+
+
 def _gather(array: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
     """array[begin[i] : begin[i] + length[i]] for all i, joined."""
     total = int(length.sum())
@@ -834,7 +844,7 @@ class Feature:
     def __repr__(self) -> str:
         return f"Feature({self.number}, {self.index.name!r})"
 
-    def column(self, name: str) -> float | int:
+    def column(self, name: str) -> Any:
         """This feature's entry of a column of the index."""
         return self.index.column(name)[self.number].item()
 
@@ -910,10 +920,17 @@ class Feature:
         return row if row == 0 or self.signed else None
 
     def top(self, k: int = 20, sign: str = "+", *, zoom: str = "snippet") -> list[Example]:
-        """The strongest examples of a sign, one per sequence and per 8-token context, at most 64."""
+        """The strongest examples of a sign, one per sequence and per 8-token context, at most 64.
+
+        All of them, repeats too, for a feature that fires fewer than ten times.
+        """
         row = self._row(sign)
         if row is None:
             return []
+        if self.n < FEW:
+            fired, stored = self.index._firings(self.number)
+            order = _by_strength(stored, row)[:k]
+            return [self._example(p, zoom, rank) for rank, p in enumerate(fired[order].tolist(), 1)]
         positions = self.index.file("examples")["top_position"][self.number, row][:k]
         return [self._example(p, zoom, rank) for rank, p in enumerate(positions.tolist(), 1) if p != ABSENT]
 
@@ -926,10 +943,7 @@ class Feature:
         if row is None:
             return []
         fired, stored = self.index._firings(self.number)
-        mine = np.flatnonzero(stored > 0 if row == 0 else stored < 0)
-        # order of strength, ties by position: magnitude bits of float16 sort as integers
-        bits = (stored[mine].view(np.uint16) & 0x7FFF).astype(np.int32)
-        order = mine[np.argsort(-bits, kind="stable")]
+        order = _by_strength(stored, row)
         slices = []
         for i in range(bins):
             a, b = i * len(order) // bins, (i + 1) * len(order) // bins
@@ -1006,17 +1020,15 @@ class Feature:
         if not self.index.has_logits:
             return None
         table = self.index.file("logits")
-        sides = []
-        for side in (0, 1):
-            tokens, weights = table["token"][self.number, side, :k], table["weight"][self.number, side, :k]
-            sides.append(
-                [
-                    LogitToken(t, self.index.token_text(t), w)
-                    for t, w in zip(tokens.tolist(), weights.tolist(), strict=True)
-                    if t != ABSENT
-                ]
+
+        def side(i: int) -> list[LogitToken]:
+            pairs = zip(
+                table["token"][self.number, i, :k].tolist(), table["weight"][self.number, i, :k].tolist(), strict=True
             )
-        return Logits(*sides, (self.index.manifest["build"].get("logits") or {}).get("note", ""))
+            return [LogitToken(t, self.index.token_text(t), w) for t, w in pairs if t != ABSENT]
+
+        note = (self.index.manifest["build"].get("logits") or {}).get("note", "")
+        return Logits(up=side(0), down=side(1), note=note)
 
     def neighbours(self, kind: str = "decoder", k: int = 20) -> list[Neighbour]:
         """Nearest features by `decoder` or `encoder` cosine (at most 20, signed, by size), or what fires `together`.
@@ -1054,7 +1066,7 @@ class Feature:
         npmi = np.divide(np.log(lift), surprise, out=np.zeros_like(lift), where=surprise > 1e-12)
         order = np.lexsort((others, -npmi))[:k]
         scale = len(positions) / len(seen)
-        return [(int(others[i]), float(npmi[i]), round(counts[others[i]] * scale)) for i in order]
+        return [(int(others[i]), float(npmi[i]), round(float(counts[others[i]]) * scale)) for i in order]
 
     # words
 

@@ -12,8 +12,9 @@ that allows `div span b i table details` and a `style` block shows all of it.
 
 import html
 import math
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -320,7 +321,7 @@ def legend_html(scale: float, signed: bool, name: str = "own maximum") -> str:
 
 
 def legend_name(scale: str | float) -> str:
-    return {"own": "largest magnitude of this feature", "p99": "its 99th percentile"}.get(scale, "shared maximum")
+    return {"own": "largest magnitude of this feature", "p99": "its 99th percentile"}.get(str(scale), "shared maximum")
 
 
 # panels
@@ -525,6 +526,7 @@ def view_html(feature, view: str = "top", zoom: str = "snippet", sign: str = "bo
         chosen = "both" if len(signs) != 1 or not feature.signed else signs[0]
         columns.append(examples_html(feature.random(20, sign=chosen, zoom=zoom), size, zoom, title=VIEW_NAMES[view]))
     else:
+        view = "top" if feature.n < 10 else view
         for s in signs:
             name = VIEW_NAMES[view] + ("" if not feature.signed else ", positive" if s == "+" else ", negative")
             if feature.column("n_pos" if s == "+" else "n_neg") == 0:
@@ -552,7 +554,7 @@ def feature_html(
 ) -> str:
     """Everything about one feature: header, numbers, histogram, logit weights, tokens, neighbours, examples."""
     state = state_line(feature)
-    quantiles = [feature.column(q) for q in ("q05", "q25", "q50", "q75", "q95")]
+    quantiles = None if feature.n < 10 else [feature.column(q) for q in ("q05", "q25", "q50", "q75", "q95")]
     panels = []
     if feature.n:
         panels.append(histogram_html(feature.histogram, quantiles))
@@ -581,19 +583,30 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def example_text(example, scale: float, ansi: bool = False) -> str:
-    """One example on one line: number, then text with the firing tokens coloured, or the trigger in «» without ANSI."""
-    out = []
+    """One example on one line: number, then text with the firing tokens coloured, or the trigger in «» without ANSI.
+
+    Indentation on which the feature is silent is shortened to one space.
+    """
+    out, silent = [], []
+
+    def flush():
+        out.append(_shown(re.sub(" {2,}", " ", b"".join(silent).decode("utf-8", errors="backslashreplace"))))
+        silent.clear()
+
     for a, b in units(example.pieces):
         at = max(range(a, b), key=lambda i: abs(float(example.codes[i])))
-        value = float(example.codes[at])
-        text = visible(b"".join(example.pieces[a:b]))
+        value, centre = float(example.codes[at]), a <= example.centre < b
+        text = b"".join(example.pieces[a:b])
         if ansi and value:
+            flush()
             kind = step(value, scale)
-            bold = "1;" if a <= example.centre < b else ""
-            text = f"\x1b[{bold}30;48;5;{ANSI[kind[0]][int(kind[1]) - 1]}m{text}\x1b[0m"
-        elif not ansi and a <= example.centre < b:
-            text = f"«{text}»"
-        out.append(text)
+            out.append(f"\x1b[{'1;' if centre else ''}30;48;5;{ANSI[kind[0]][int(kind[1]) - 1]}m{visible(text)}\x1b[0m")
+        elif not ansi and centre:
+            flush()
+            out.append(f"«{visible(text)}»")
+        else:
+            silent.append(text)
+    flush()
     start, end = ("" if example.at_start else "…"), ("" if example.at_end else "…")
     return f"{code(example.value, scale):>8}  {start}{''.join(out)}{end}"
 
@@ -628,7 +641,7 @@ def feature_text(feature, ansi: bool = False, view: str = "top", k: int = 10) ->
         top = counts.max()
         bars = "".join(BLOCKS[math.ceil(8 * math.sqrt(x / top))] for x in counts.tolist())
         lines += [f"{number(edges[0])} {bars} {number(edges[-1])}", ""]
-        tokens = "  ".join(f"{_quoted(t.text)} {percent(t.share)}" for t in feature.tokens(6))
+        tokens = "  ".join(f"{_quoted(t.text)} {100 * t.share:.1f} %" for t in feature.tokens(6))
         lines.append(f"fires on   {tokens}")
     if logits := feature.logits(8):
         lines.append("raises     " + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in logits.up))
@@ -640,6 +653,7 @@ def feature_text(feature, ansi: bool = False, view: str = "top", k: int = 10) ->
     if feature.n and view in ("random", "near"):
         examples = feature.random(k) if view == "random" else feature.near_misses(k)
         lines += ["", bold(VIEW_NAMES[view].lower()), *(example_text(e, feature.max, ansi) for e in examples)]
+    view = "top" if view == "quantiles" and feature.n < 10 else view
     for s in ("+-" if feature.signed else "+") if feature.n and view in ("top", "quantiles") else ():
         side = "" if not feature.signed else " positive" if s == "+" else " negative"
         if feature.column("n_pos" if s == "+" else "n_neg") == 0:

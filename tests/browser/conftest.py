@@ -33,7 +33,7 @@ def language_model(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([d.text for d in documents(400_000)], trainer)
+    tokenizer.train_from_iterator([d.text for d in documents(150_000)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -89,7 +89,16 @@ def rules(text: str) -> dict[str, np.ndarray]:
     return out
 
 
-def make_sae(folder, language_model, *, tokens: int = 24_000, n_features: int = 256, signed: bool = False, by_token=None, logits=True):
+def make_sae(
+    folder,
+    language_model,
+    *,
+    tokens: int = 12_000,
+    n_features: int = 256,
+    signed: bool = False,
+    by_token=None,
+    logits=True,
+):
     """An SAE folder with config.json, sae.safetensors and index/. Features 0 to 13 follow `rules` in order, 14 is dense,
     15 and 16 are near-duplicates, 17 fires on sequence starts, 18 fires once, 19 is dead; then one per common token, then
     rare random ones, and dead ones at the end. Signed: odd codes of feature 2 are negative, feature 4 is negative only."""
@@ -145,13 +154,20 @@ def make_sae(folder, language_model, *, tokens: int = 24_000, n_features: int = 
     lm = load_model(str(language_model), compute="fp32")
     W_U_VD, note = lm.unembedding()
     after = np.append(token[1:], token[0])
-    towards = torch.stack([W_U_VD[torch.from_numpy(after[f])].mean(0) if f.any() else torch.zeros(WIDTH) for f in fires])
+    towards = torch.stack(
+        [W_U_VD[torch.from_numpy(after[f])].mean(0) if f.any() else torch.zeros(WIDTH) for f in fires]
+    )
     towards -= W_U_VD[torch.from_numpy(after)].mean(0)
     W_dec_FD = torch.nn.functional.normalize(towards + 0.02 * torch.from_numpy(rng.normal(size=(n_features, WIDTH))).float() * towards.norm(dim=1).mean(), dim=1)  # fmt: skip
     W_dec_FD[R + 2] = torch.nn.functional.normalize(W_dec_FD[R + 1] + 0.01 * W_dec_FD[R], dim=0)
     variant = VARIANTS["topk"](k=8, d_sae=n_features)
     model = lm.manifest_entry()
-    config = {"site": SITE, "model": model, "signed": signed, "context": {"length": CONTEXT, "prepend_bos": True, "dropped_ids": [0]}}
+    config = {
+        "site": SITE,
+        "model": model,
+        "signed": signed,
+        "context": {"length": CONTEXT, "prepend_bos": True, "dropped_ids": [0]},
+    }
     sae = SAE(variant, W_dec_FD.clone(), W_dec_FD, torch.zeros(n_features), torch.zeros(WIDTH), config)
     sae.save(folder)
 
@@ -175,17 +191,27 @@ def make_sae(folder, language_model, *, tokens: int = 24_000, n_features: int = 
         seq_rows=lambda: np.searchsorted(position, bounds),
     )
     builder = IndexBuilder(
-        sae, store, folder, vocab=vocab_bytes(tokenizer, VOCABULARY), unembedding=(W_U_VD, note) if logits else None, by_token=by_token
+        sae,
+        store,
+        folder,
+        vocab=vocab_bytes(tokenizer, VOCABULARY),
+        unembedding=(W_U_VD, note) if logits else None,
+        by_token=by_token,
     )
     row, feature = np.nonzero(codes_FT.T[position])
     value = codes_FT.T[position][row, feature]
     codes = Codes.flat(
-        torch.from_numpy(np.searchsorted(row, np.arange(len(position) + 1))), torch.from_numpy(feature), torch.from_numpy(value), n_features
+        torch.from_numpy(np.searchsorted(row, np.arange(len(position) + 1))),
+        torch.from_numpy(feature),
+        torch.from_numpy(value),
+        n_features,
     )
     xhat_TD = codes.times(W_dec_FD)
     noise = 0.3 * torch.from_numpy(rng.normal(size=xhat_TD.shape)).float()
     sequences = np.searchsorted(bounds, position, side="right") - 1
-    builder.update(Chunk(np.arange(len(position)), position, sequences, sequences % 20 == 19, xhat_TD + noise, codes, xhat_TD))
+    builder.update(
+        Chunk(np.arange(len(position)), position, sequences, sequences % 20 == 19, xhat_TD + noise, codes, xhat_TD)
+    )
     builder.finish()
     return folder
 
@@ -195,5 +221,5 @@ def saes(tmp_path_factory, language_model):
     """A folder with two SAEs: `plain`, and `signed` without by_token and logits."""
     root = tmp_path_factory.mktemp("saes")
     make_sae(root / "plain", language_model)
-    make_sae(root / "signed", language_model, tokens=12_000, signed=True, by_token=False, logits=False)
+    make_sae(root / "signed", language_model, tokens=6_000, signed=True, by_token=False, logits=False)
     return root

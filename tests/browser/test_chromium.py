@@ -31,7 +31,7 @@ def start(path: Path, home: Path) -> tuple[subprocess.Popen, str]:
     port = free_port()
     line = command(path, host="127.0.0.1", port=port, model=True)
     environment = {"HOME": str(home), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
-    log = open(home.parent / "server.log", "wb")  # noqa: SIM115  the process owns it
+    log = open(home.parent / "server.log", "wb")
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
@@ -86,7 +86,12 @@ def visit(server, chromium):
         page = context.new_page()
         page.on("request", lambda r: None if r.url.startswith((server, "data:", "blob:")) else foreign.append(r.url))
         # Streamlit looks for its server below the page's own path first; those two answers are meant to be 404
-        page.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 and "/_stcore/" not in r.url else None)
+        page.on(
+            "response",
+            lambda r: (
+                complaints.append(f"{r.status} {r.url}") if r.status >= 400 and "/_stcore/" not in r.url else None
+            ),
+        )
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and "404" not in m.text else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
         page.goto(server + path)
@@ -104,14 +109,32 @@ def settle(page):
     """Waits until the page shows something, no script has been running for a moment, and tables are drawn."""
     page.wait_for_selector("[data-testid=stHtml], [data-testid=stAlert]", timeout=30_000, state="attached")
     for _ in range(2):
-        page.wait_for_timeout(250)
-        page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=30_000, state="attached")
+        page.wait_for_timeout(180)
+        page.wait_for_selector(
+            "[data-testid=stApp][data-test-script-state=notRunning]", timeout=30_000, state="attached"
+        )
 
 
 def press(page, *keys: str):
     for key in keys:
         page.keyboard.press(key)
         settle(page)
+
+
+def shows(locator):
+    from playwright.sync_api import expect
+
+    expect(locator).to_be_visible(timeout=20_000)
+
+
+def holds(locator, value: str):
+    from playwright.sync_api import expect
+
+    expect(locator).to_have_value(value, timeout=20_000)
+
+
+def is_feature(page, wanted: int):
+    holds(page.get_by_role("spinbutton", name="Feature"), str(wanted))
 
 
 def number(page) -> int:
@@ -154,20 +177,18 @@ def test_first_start_asks_nothing(saes, tmp_path):
     assert address in said and "mail" not in said.lower()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_four_pages(visit, theme):
-    page = visit("/?sae=plain", color_scheme=theme)
-    assert page.get_by_role("heading", name="plain").is_visible()
-    assert page.get_by_text("Worth a look").is_visible()
-    picture(page, f"overview-{theme}")
+def test_four_pages(visit):
+    page = visit("/?sae=plain")
+    shows(page.get_by_role("heading", name="plain"))
+    shows(page.get_by_text("Worth a look"))
+    picture(page, "overview")
     page.get_by_role("link", name="Features", exact=True).click()
     settle(page)
-    assert page.get_by_text(re.compile(r"of 256 features")).is_visible()
-    picture(page, f"features-{theme}")
-    page.goto(page.url.split("/features")[0] + "/feature?sae=plain&feature=1")
-    settle(page)
-    assert page.get_by_text("Codes where it fires").is_visible()
-    picture(page, f"feature-{theme}")
+    shows(page.get_by_text(re.compile(r"of 256 features")))
+    picture(page, "features")
+    click_row(page, 1)
+    shows(page.get_by_text("Codes where it fires"))
+    picture(page, "feature")
     page.get_by_role("link", name="Prompt", exact=True).click()
     settle(page)
     page.get_by_role("textbox", name="Text").fill("def add(self, a):\n    return self.total + a\n")
@@ -175,25 +196,42 @@ def test_four_pages(visit, theme):
     page.get_by_text("Where the strongest fire").wait_for(timeout=40_000)
     settle(page)
     tokens = page.locator("#tokens span")
-    assert "".join(tokens.all_text_contents()).replace("↵", "").endswith("def add(self, a):\n    return self.total + a\n")
+    assert (
+        "".join(tokens.all_text_contents()).replace("↵", "").endswith("def add(self, a):\n    return self.total + a\n")
+    )
     tokens.nth(2).click()
     page.get_by_text(re.compile("On token 2")).wait_for()
-    picture(page, f"prompt-{theme}")
+    picture(page, "prompt")
+
+
+def test_dark(visit):
+    page = visit("/feature?sae=signed&feature=2", color_scheme="dark")
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+        == "rgb(21, 22, 26)"
+    )
+    # both poles are drawn, in their two colours
+    colours = {
+        page.locator(f".saekit b.{c}").first.evaluate("e => getComputedStyle(e).backgroundColor") for c in ("p4", "n4")
+    }
+    assert colours == {"rgba(230, 97, 1, 0.4)", "rgba(67, 147, 195, 0.4)"}
+    picture(page, "feature-dark")
 
 
 def test_deep_link_and_keys(visit):
     page = visit("/feature?sae=plain&feature=7&view=quantiles&zoom=full&list=sort%3Dfeature%26desc%3Dfalse")
-    assert number(page) == 7
-    assert page.get_by_text("From strong to weak").is_visible()
+    is_feature(page, 7)
+    shows(page.get_by_text("From strong to weak"))
     press(page, "j")
-    assert number(page) == 8 and parameters(page)["feature"] == "8"
+    is_feature(page, 8)
+    assert parameters(page)["feature"] == "8"
     press(page, "k", "k")
-    assert number(page) == 6
+    is_feature(page, 6)
     press(page, "Shift+J")
-    assert number(page) == 16
+    is_feature(page, 16)
     page.go_back()
     settle(page)
-    assert number(page) == 6
+    is_feature(page, 6)
     press(page, "1")
     assert parameters(page)["zoom"] == "stacked"
     press(page, "v")
@@ -202,7 +240,7 @@ def test_deep_link_and_keys(visit):
     page.reload()
     settle(page)
     press(page, "j")
-    assert number(page) == 7
+    is_feature(page, 7)
 
 
 def test_label_with_j_and_k_in_it(visit):
@@ -210,28 +248,27 @@ def test_label_with_j_and_k_in_it(visit):
     press(page, "l")
     page.keyboard.type("jk docstring J")
     press(page, "Enter")
-    assert number(page) == 3
+    is_feature(page, 3)
     # Enter gave the keyboard back
     press(page, "b", "j")
     assert number(page) != 3
     page.goto(page.url.split("?")[0] + "?sae=plain&feature=3")
     settle(page)
-    assert page.get_by_role("textbox", name="Label").input_value() == "jk docstring J"
+    holds(page.get_by_role("textbox", name="Label"), "jk docstring J")
     other = visit("/features?sae=plain&q=docstring")
-    assert other.get_by_text(re.compile(r"of 256 features")).is_visible()
+    shows(other.get_by_text(re.compile(r"of 256 features")))
     click_row(other, 0)
-    assert number(other) == 3
+    is_feature(other, 3)
 
 
 def test_bad_deep_links(visit):
     page = visit("/feature?sae=plain&feature=999999")
-    assert page.get_by_text("feature 999,999 does not exist; this SAE has 0 to 255").is_visible()
-    assert number(page) == 0
-    for bad in ("abc", "-1", "1.5"):
-        page = visit(f"/feature?sae=plain&feature={bad}")
-        assert page.get_by_text(f"feature {bad} does not exist").is_visible()
-    page = visit("/?sae=../etc")
-    assert page.get_by_text("no SAE named ../etc here").is_visible()
+    shows(page.get_by_text("feature 999,999 does not exist; this SAE has 0 to 255"))
+    is_feature(page, 0)
+    page = visit("/feature?sae=../etc&feature=-1&view=nonsense")
+    shows(page.get_by_text("no SAE named ../etc here"))
+    shows(page.get_by_text("feature -1 does not exist"))
+    shows(page.get_by_text("Strongest", exact=True))
 
 
 def test_filters_stay(visit, server):
@@ -253,9 +290,9 @@ def test_filters_stay(visit, server):
     wanted = {"q": "self", "sort": "n", "desc": "false", "dmin": "0.0001", "label": "unlabelled"}
 
     def as_left():
+        holds(page.get_by_role("searchbox", name="Search"), "self")
         got = parameters(page)
         assert {k: got.get(k) for k in wanted} == wanted
-        assert page.get_by_role("searchbox", name="Search").input_value() == "self"
 
     as_left()
     click_row(page, 2)
@@ -264,7 +301,7 @@ def test_filters_stay(visit, server):
     settle(page)
     as_left()
     click_row(page, 2)
-    assert number(page) == opened
+    is_feature(page, opened)
     page.get_by_role("link", name="Features", exact=True).click()
     settle(page)
     as_left()
@@ -272,7 +309,7 @@ def test_filters_stay(visit, server):
     settle(page)
     as_left()
     other = visit("/features?sae=plain")
-    assert other.get_by_role("searchbox", name="Search").input_value() == ""
+    holds(other.get_by_role("searchbox", name="Search"), "")
 
 
 def test_clicked_row_after_sorting_in_the_table(visit):
@@ -285,10 +322,12 @@ def test_clicked_row_after_sorting_in_the_table(visit):
         page.wait_for_timeout(300)
     click_row(page, 2)
     # 256 features, 21 of them dead (feature 19, and 236 to 255): the third row from the end is 233
-    assert number(page) == 233
+    is_feature(page, 233)
 
 
-@pytest.mark.parametrize("path", ["/?sae=signed", "/features?sae=signed", "/feature?sae=signed&feature=2", "/prompt?sae=signed"])
+@pytest.mark.parametrize(
+    "path", ["/?sae=signed", "/features?sae=signed", "/feature?sae=signed&feature=2", "/prompt?sae=signed"]
+)
 def test_narrow_and_signed(visit, path):
     page = visit(path, viewport={"width": 900, "height": 1000})
     width = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")

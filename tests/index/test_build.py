@@ -148,6 +148,8 @@ def test_top_without_repeats(random_index):
     for j in range(len(idx)):
         for sign, name in ((1, "+"), (-1, "-")):
             expected, sequences, contexts = [], set(), set()
+            if (want[:, j] != 0).sum() < 10:
+                continue
             candidates = []
             for p in strength_order(want[:, j], sign)[:256].tolist():
                 if made.seq_N[p] not in sequences:
@@ -174,10 +176,11 @@ def test_repeated_contexts_are_removed(make_index):
     dense_NF[[8, 18, 28], 0] = [3, 2, 1]
     dense_NF[[7, 17, 27], 1] = [1, 3, 2]
     idx = make_index(dense_NF, lengths=[10, 10, 10], token_N=token_N).index
+    stored = idx.file("examples")["top_position"][:, 0, :3].tolist()
     # 8 tokens up to position 8 begin at position 1, which differs in the first sequence only
-    assert [int(e.positions[e.centre]) for e in idx.feature(0).top()] == [8, 18]
+    assert stored[0] == [8, 18, ABSENT]
     # 8 tokens up to position 7 hold position 1 as well
-    assert [int(e.positions[e.centre]) for e in idx.feature(1).top()] == [17, 7]
+    assert stored[1] == [17, 7, ABSENT]
 
 
 def test_quantile_samples(make_index):
@@ -404,7 +407,7 @@ def test_byte_level_vocabulary(tiny_model):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     vocab = vocab_bytes(tokenizer, 310)
-    pieces = [vocab.bytes[a:b].tobytes() for a, b in zip(vocab.start, vocab.start[1:], strict=False)]
+    pieces = [vocab.blob[a:b].tobytes() for a, b in zip(vocab.start, vocab.start[1:], strict=False)]
     assert len(vocab) == 310 and pieces[300:] == [b""] * 10 and pieces[0] == b"<|bos|>"
     assert vocab.special.nonzero()[0].tolist() == [0, 1]
     text = "def naïve():\n\treturn '✓ 🙂'  \x00\n"
@@ -423,7 +426,7 @@ def test_sentencepiece_and_wordpiece_vocabularies():
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     got = vocab_bytes(fast)
-    piece = lambda i: got.bytes[got.start[i] : got.start[i + 1]].tobytes()  # noqa: E731
+    piece = lambda i: got.blob[got.start[i] : got.start[i + 1]].tobytes()  # noqa: E731
     assert (piece(3 + 0x0A), piece(3 + 0xE2)) == (b"\n", b"\xe2")
     assert (piece(259), piece(260), piece(261)) == (b" ", b" the", "é".encode())
     assert piece(1) == b"<s>" and got.special[:4].tolist() == [True, True, True, False]

@@ -68,6 +68,15 @@ def test_keep_scaled_rows(codes):
     assert codes.to("cpu").detach().l0().tolist() == [2, 0, 1]
 
 
+@both
+def test_concatenate(codes):
+    twice = Codes.concatenate([codes, codes.rows(0, 2), codes.rows(1, 1)])
+    assert torch.equal(twice.dense(), torch.cat([DENSE, DENSE[:2]]))
+    assert twice.l0().tolist() == [2, 0, 1, 2, 0]
+    with pytest.raises(ValueError, match="one \\(F, K\\) or all flat"):
+        Codes.concatenate([ROWWISE, FLAT])
+
+
 def test_no_rows_and_no_firings():
     for codes in (
         Codes.rowwise(torch.zeros(0, 2), torch.zeros(0, 2), 4),

@@ -105,3 +105,12 @@ def test_every_public_name_has_a_docstring():
     for name in saekit_kernels.__all__:
         thing = getattr(saekit_kernels, name)
         assert name in ("COUNTERS", "Rule") or thing.__doc__, name
+
+
+def test_the_readme_runs():
+    readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
+    names = {}
+    exec(readme.split("```python\n")[1].split("```")[0], names)
+    assert names["error"].sq_B.shape == (64,)
+    # and it names every rule and op
+    assert all(f"`{rule.__name__}(" in readme for rule in (RowCount, BatchCount, Threshold))

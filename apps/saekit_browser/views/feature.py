@@ -2,22 +2,16 @@
 
 import random
 from functools import partial
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pandas as pd
 import streamlit as st
+from saekit_browser import state
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
-from saekit_browser import state
 
-# a bound widget puts the words it shows into the address, so these are the words of the address
-VIEWS = ("top", "quantiles", "random", "near")
-ZOOMS = ("stacked", "snippet", "full")
-SIGNS = ("both", "pos", "neg")
-SCALES = ("own", "p99")
-DEFAULTS = {"view": "top", "zoom": "snippet", "sign": "both", "scale": "own"}
 NEIGHBOURS = {"decoder": ("Nearest", "cosine of decoder rows"), "together": ("Together", "NPMI"), "encoder": ("Encoder", "cosine of encoder rows")}  # fmt: skip
 KEYS = """
 | | | | |
@@ -34,13 +28,17 @@ KEYS = """
 def page():
     idx = state.index()
     last = len(idx) - 1
-    if "list" in st.query_params and not any(k in st.session_state for k in state.LIST_KEYS):
-        state.from_link(st.query_params["list"])
+    state.restore_list()
     asked = st.query_params.get("feature", "0")
-    if not (asked.isdecimal() and asked.isascii() and int(asked) <= last):
-        number = f"{int(asked):,}" if asked.isdecimal() and asked.isascii() else asked[:40]
-        st.warning(state.literal(f"feature {number} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:")
-    if st.session_state.get("feature", 0) > last:
+    number = int(asked) if asked.isascii() and asked.isdecimal() else None
+    if number is None or number > last:
+        shown = asked[:40] if number is None else f"{number:,}"
+        st.warning(
+            state.literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:"
+        )
+    state.enter("feature")
+    # another SAE may have fewer features, and page Prompt may have none chosen
+    if not 0 <= (st.session_state.feature or 0) <= last or st.session_state.feature is None:
         st.session_state.feature = 0
     detail(idx)
 
@@ -49,6 +47,7 @@ def page():
 @state.shown
 def detail(idx):
     number = header(idx)
+    state.leave("feature")
     f = idx.feature(number)
     where = st.container()
     left, right = st.columns([5, 2], gap="large")
@@ -72,9 +71,15 @@ def header(idx) -> int:
     """Number, label, and the ways on; returns the number. The shortcuts live on these buttons."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small", key="head"):
         st.button("Previous", icon=":material/chevron_left:", key="k", shortcut="K", on_click=step, args=(idx, -1))
-        number = st.number_input("Feature", 0, len(idx) - 1, step=1, key="feature", bind="query-params", width=110)
+        number = st.number_input("Feature", 0, len(idx) - 1, step=1, key="feature", persist_state="session", width=110)
         st.button(
-            "Next", icon=":material/chevron_right:", icon_position="right", key="j", shortcut="J", on_click=step, args=(idx, 1)
+            "Next",
+            icon=":material/chevron_right:",
+            icon_position="right",
+            key="j",
+            shortcut="J",
+            on_click=step,
+            args=(idx, 1),
         )
         label_editor(idx, number)
         st.button("Random", icon=":material/casino:", key="n", shortcut="N", on_click=jump, args=(idx, False))
@@ -86,11 +91,11 @@ def header(idx) -> int:
         st.button("unlabelled", shortcut="U", on_click=jump, args=(idx, True))
         st.button("label", shortcut="L", on_click=focus, args=("focus",))
         st.button("bookmark", shortcut="B", on_click=bookmark, args=(idx, number))
-        for key, zoom in zip("123", ZOOMS):
+        for key, zoom in zip("123", ("stacked", "snippet", "full")):
             st.button(f"zoom {key}", shortcut=key, on_click=choose, args=("zoom", zoom))
         if idx.signed:
-            st.button("sign", shortcut="S", on_click=turn, args=("sign", SIGNS))
-        st.button("view", shortcut="V", on_click=turn, args=("view", VIEWS))
+            st.button("sign", shortcut="S", on_click=turn, args=("sign", state.SIGNS))
+        st.button("view", shortcut="V", on_click=turn, args=("view", state.VIEWS))
         to_prompt = st.button("prompt", shortcut="P")
         helped = st.button("help", shortcut="H")
     if to_prompt:
@@ -129,9 +134,14 @@ def more(idx, number: int):
     entry = idx.labels.get(number)
     star = ":material/star:" if entry.bookmarked else ":material/star_border:"
     st.button("", icon=star, key="star", help="Bookmark (B)", on_click=bookmark, args=(idx, number), type="tertiary")
-    with st.popover("", icon=":material/sticky_note_2:", help="Tags and notes", type="tertiary"), st.form("notes", border=False):
+    with (
+        st.popover("", icon=":material/sticky_note_2:", help="Tags and notes", type="tertiary"),
+        st.form("notes", border=False),
+    ):
         key = f"{number}-{entry.revision}"
-        tags = st.text_input("Tags", ", ".join(entry.tags), key=f"tags-{key}", max_chars=200, placeholder="syntax, string")
+        tags = st.text_input(
+            "Tags", ", ".join(entry.tags), key=f"tags-{key}", max_chars=200, placeholder="syntax, string"
+        )
         notes = st.text_area("Notes", entry.notes, key=f"notes-{key}", height=140, max_chars=20_000)
         if st.form_submit_button("Save", disabled=bool(idx.labels.read_only)):
             save(idx, number, tags=tags.split(","), notes=notes, expected=entry.revision)
@@ -154,11 +164,10 @@ def show_keys():
 
 
 def link(number: int) -> str:
-    """The full address: Streamlit leaves out what equals its default."""
+    """The full address of what is shown."""
     base = urlsplit(st.context.url or "http://localhost/feature")
-    parameters = {"sae": state.chosen().name, "feature": number}
-    parameters |= {k: st.session_state.get(k) or v for k, v in DEFAULTS.items()}
-    return urlunsplit((base.scheme, base.netloc, "/feature", urlencode(parameters), ""))
+    query = state.link("feature", sae=state.chosen().name, feature=str(number))
+    return urlunsplit((base.scheme, base.netloc, "/feature", query, ""))
 
 
 # what the buttons do
@@ -197,8 +206,7 @@ def choose(key: str, value: str):
 
 
 def turn(key: str, values: tuple[str, ...]):
-    now = st.session_state.get(key) or DEFAULTS[key]
-    st.session_state[key] = values[(values.index(now) + 1) % len(values)]
+    st.session_state[key] = values[(values.index(st.session_state[key]) + 1) % len(values)]
 
 
 def focus(action: str):
@@ -239,19 +247,23 @@ def examples(idx, number: int):
             st.caption(f"Nearest feature that fires: {alive.feature:,}, cosine {alive.value:.2f}.")
         return
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        control("Examples", "view", VIEWS, "The strongest, slices of equal count from strong to weak, drawn at random, or silent on its commonest tokens")
-        control("Context", "zoom", ZOOMS)
+        control(
+            "Examples",
+            "view",
+            state.VIEWS,
+            "The strongest, slices of equal count from strong to weak, drawn at random, or silent on its commonest tokens",
+        )
+        control("Context", "zoom", state.ZOOMS)
         if idx.signed:
-            control("Sign", "sign", SIGNS)
-        control("Full colour at", "scale", SCALES, "The feature's own largest magnitude, or its 99th percentile")
-    choices = [st.session_state.get(k) or v for k, v in DEFAULTS.items()]
+            control("Sign", "sign", state.SIGNS)
+        control("Full colour at", "scale", state.SCALES, "The feature's own largest magnitude, or its 99th percentile")
+    state.leave("feature")
+    choices = list(state.remembered("feature").values())[1:]
     st.html(view(idx, idx.fingerprint, number, *choices))
 
 
 def control(label: str, key: str, values: tuple[str, ...], explained: str | None = None):
-    st.segmented_control(
-        label, values, default=DEFAULTS[key], required=True, key=key, bind="query-params", help=explained
-    )
+    st.segmented_control(label, values, required=True, key=key, persist_state="session", help=explained)
 
 
 def neighbours(idx, number: int):
@@ -263,7 +275,11 @@ def neighbours(idx, number: int):
         with tab:
             rows = f.neighbours(kind, 12)
             if not rows:
-                st.caption("Index without by_token: rebuild it to see this." if kind == "together" and not idx.has_by_token else "None.")
+                st.caption(
+                    "Index without by_token: rebuild it to see this."
+                    if kind == "together" and not idx.has_by_token
+                    else "None."
+                )
                 continue
             features = [x.feature for x in rows]
             key = f"near-{kind}-{number}"
@@ -318,7 +334,7 @@ def ahead(idx, number: int):
     order = state.found(idx, number).features
     at = np.flatnonzero(order == number)
     if len(at):
-        choices = [st.session_state.get(k) or v for k, v in DEFAULTS.items()]
+        choices = list(state.remembered("feature").values())[1:]
         for j in order[max(0, at[0] - 1) : at[0] + 2].tolist():
             if j != number:
                 view(idx, idx.fingerprint, j, *choices)

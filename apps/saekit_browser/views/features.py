@@ -1,9 +1,9 @@
 """Every feature as a row: search, filter, sort; a click opens the feature."""
 
 import streamlit as st
+from saekit_browser import state
 
 from saekit.feature_index.reader import FeatureTable
-from saekit_browser import state
 
 # Streamlit loads longer tables piecewise, and such tables can neither be searched nor clicked
 MOST_ROWS = 20_000
@@ -15,32 +15,43 @@ weights · max_dec_cos: nearest decoder row · q95: strong firings · feature: n
 @state.shown
 def page():
     idx = state.index()
+    state.enter("features")
     st.title("Features", anchor=False)
-    controls(idx)
+    controls()
+    state.leave("features")
     rows(idx)
 
 
-def controls(idx):
+def controls():
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
             "Search",
             key="q",
-            bind="query-params",
+            persist_state="session",
             type="search",
             max_chars=200,
             placeholder="a word, /regex/ on tokens, or like:123",
             help="Looks in labels and notes, then exact tokens, then the text. A regular expression between slashes matches "
             "token strings; like:123 finds decoder rows near feature 123.",
         )
-        st.selectbox("Sort by", state.SORTS, key="sort", bind="query-params", help=SORT_HELP, width=200)
-        st.toggle("Largest first", value=True, key="desc", bind="query-params")
-        st.toggle("Hide silent", value=True, key="alive", bind="query-params")
+        st.selectbox("Sort by", state.SORTS, key="sort", persist_state="session", help=SORT_HELP, width=200)
+        st.toggle("Largest first", key="desc", persist_state="session")
+        st.toggle("Hide silent", key="alive", persist_state="session")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium", key="filters"):
-        st.pills("Only", state.FLAGS, selection_mode="multi", key="flag", bind="query-params")
-        st.segmented_control("Labels", state.LABELLED, default="all", required=True, key="label", bind="query-params")
+        st.pills("Only", state.FLAGS, selection_mode="multi", key="flag", persist_state="session")
+        st.segmented_control("Labels", state.LABELLED, required=True, key="label", persist_state="session")
         for key, label in (("dmin", "Density from"), ("dmax", "to")):
             st.number_input(
-                label, 0.0, 1.0, None, 0.001, key=key, bind="query-params", format="%.3g", placeholder="any", width=96
+                label,
+                0.0,
+                1.0,
+                None,
+                0.001,
+                key=key,
+                persist_state="session",
+                format="%.3g",
+                placeholder="any",
+                width=96,
             )
 
 
@@ -79,14 +90,14 @@ def rows(idx):
         column_config=configuration(),
         placeholder="",
         # a selection belongs to the rows it was made in: other rows are another table
-        key=f"table-{state.digest(idx.fingerprint, state.remembered())}",
+        key=f"table-{state.digest(idx.fingerprint, state.remembered('features'))}",
         on_select="rerun",
         selection_mode="single-cell",
         alt="Table of features; each row opens the feature",
     )
     if event.selection.cells:
         number = few[event.selection.cells[0][0]]
-        listing = state.to_link()
+        listing = state.link("features")
         state.follow(state.FEATURE, feature=str(number), **({"list": listing} if listing else {}))
 
 
@@ -104,7 +115,9 @@ def configuration() -> dict:
         "feature": c.NumberColumn("Feature", format="%d", pinned=True, width=80),
         "label": c.TextColumn("Label", width="medium"),
         "found": c.TextColumn("Found in", width="small"),
-        "match": c.NumberColumn("Match", format="%.2f", width="small", help="F1 of “fires iff found here”; cosine for like:"),
+        "match": c.NumberColumn(
+            "Match", format="%.2f", width="small", help="F1 of “fires iff found here”; cosine for like:"
+        ),
         "density": c.NumberColumn("Density %", format="%.3f", help="Share of encoded tokens it fires on", width=90),
         "n": c.NumberColumn("Firings", format="localized", width=90),
         "positive": c.ProgressColumn("Positive", format="percent", min_value=0, max_value=1, width=100),
@@ -115,9 +128,13 @@ def configuration() -> dict:
         ),
         "up": c.TextColumn("Raises", width=110, help="Token whose logit its decoder row raises most"),
         "down": c.TextColumn("Lowers", width=110),
-        "token_entropy": c.NumberColumn("Entropy, bits", format="%.1f", width=100, help="Variety of the tokens it fires on"),
+        "token_entropy": c.NumberColumn(
+            "Entropy, bits", format="%.1f", width=100, help="Variety of the tokens it fires on"
+        ),
         "energy": c.NumberColumn("Energy %", format="%.2f", width=90, help="Share of Σ a²‖d‖² over all features"),
-        "max_dec_cos": c.NumberColumn("Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row"),
+        "max_dec_cos": c.NumberColumn(
+            "Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row"
+        ),
         "flags_text": c.TextColumn("Flags", width="medium"),
     }
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import plotly.graph_objects as go
 import streamlit as st
+from saekit_browser import state
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
-from saekit_browser import state
 
 CARDS = 12
 COLOUR = render.ORANGE
@@ -85,7 +85,17 @@ def health(idx):
 def cards(*rows: tuple[str, str, str | None, str]):
     with st.container(horizontal=True, gap="small", key="cards"):
         for name, value, beside, explained in rows:
-            st.metric(name, value, beside, delta_color="off", delta_arrow="off", help=explained, border=True, width=215, height="stretch")
+            st.metric(
+                name,
+                value,
+                beside,
+                delta_color="off",
+                delta_arrow="off",
+                help=explained,
+                border=True,
+                width=215,
+                height="stretch",
+            )
 
 
 def spectrum(idx):
@@ -119,7 +129,9 @@ def spectrum(idx):
     )
     silent = int((density == 0).sum())
     dense = int((density > 0.1).sum())
-    st.caption(f"{silent:,} silent features are left out; {dense:,} fire on more than 10 % of tokens. A bar opens its features.")
+    st.caption(
+        f"{silent:,} silent features are left out; {dense:,} fire on more than 10 % of tokens. A bar opens its features."
+    )
     with st.expander("Numbers"):
         st.dataframe({"share of tokens": names, "features": counts[shown]}, hide_index=True, height=220)
     if event.selection.points:
@@ -145,7 +157,9 @@ def crowd(idx):
     figure.update_xaxes(title="features that fire", rangemode="tozero")
     figure.update_yaxes(title="tokens")
     figure.update_layout(height=290, margin={"l": 0, "r": 0, "t": 8, "b": 0}, bargap=0)
-    st.plotly_chart(figure, key=f"crowd-{idx.name}", config={"displayModeBar": False}, alt="Histogram of features per token")
+    st.plotly_chart(
+        figure, key=f"crowd-{idx.name}", config={"displayModeBar": False}, alt="Histogram of features per token"
+    )
     mean = float(counts @ np.arange(len(counts)) / max(1, counts.sum()))
     st.caption(f"Mean {mean:.1f} over {int(counts.sum()):,} tokens.")
 
@@ -212,7 +226,9 @@ def provenance(idx):
     with st.expander("Provenance"):
         config = idx.path.parent / "config.json"
         st.caption("SAE")
-        st.code(config.read_text(encoding="utf-8") if config.is_file() else "no config.json", language="json", height=260)
+        st.code(
+            config.read_text(encoding="utf-8") if config.is_file() else "no config.json", language="json", height=260
+        )
         st.caption("Index")
         rest = {k: v for k, v in idx.manifest.items() if k != "files"}
         st.code(json.dumps(rest, indent=1, ensure_ascii=False), language="json", height=260)

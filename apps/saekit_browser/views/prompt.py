@@ -3,19 +3,16 @@
 import numpy as np
 import pandas as pd
 import streamlit as st
+from saekit_browser import state
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
 from saekit.feature_index.reader import FLAGS, EncodedText
-from saekit_browser import state
 
-URL_CHARACTERS = 2_000
 TEXT_CHARACTERS = 20_000
 ROWS = 16
 LINES = 8
 TYPED, PASSAGE = "Your text", "A passage of the index"
-RANKS = ("magnitude", "rarity")
-HIDE = ("dense", "start-of-sequence")
 
 # Builds its nodes with textContent only: tokens are whatever the text holds. Arrays in, the clicked token out.
 TOKENS_JS = """
@@ -61,7 +58,8 @@ def token_view():
 def page():
     idx = state.index()
     st.title("Prompt", anchor=False)
-    if (st.session_state.get("feature") or 0) >= len(idx):
+    state.enter("prompt")
+    if (st.session_state.feature or 0) >= len(idx):
         st.session_state.feature = None
     prompt(idx)
 
@@ -75,11 +73,17 @@ def prompt(idx):
     left, right = st.columns([5, 3], gap="large")
     with right, st.container(horizontal=True, vertical_alignment="bottom"):
         st.segmented_control(
-            "Rank by", RANKS, default="magnitude", required=True, key="rank", bind="query-params", help="rarity = magnitude × −log density"
+            "Rank by",
+            state.RANKS,
+            required=True,
+            key="rank",
+            persist_state="session",
+            help="rarity = magnitude × −log density",
         )
-        st.pills("Hide", HIDE, selection_mode="multi", key="hide", bind="query-params")
+        st.pills("Hide", state.HIDE, selection_mode="multi", key="hide", persist_state="session")
     with left:
         feature = colour(idx, text)
+        state.leave("prompt")
         tokens(idx, text, feature)
         small_multiples(idx, text)
     with right:
@@ -93,16 +97,24 @@ def source(idx) -> str:
     allowed = [TYPED] if not idx.has_by_token else [TYPED, PASSAGE]
     if not state.arguments().model:
         if not idx.has_by_token:
-            raise SaekitError(f"no language model (--no-model) and an index without by_token; run  saekit index {idx.path.parent}")
+            raise SaekitError(
+                f"no language model (--no-model) and an index without by_token; run  saekit index {idx.path.parent}"
+            )
         st.caption("Typed text needs the language model, and saekit browse was started with --no-model.")
         return PASSAGE
     return st.segmented_control(
-        "Source", allowed, default=TYPED, required=True, key="source", persist_state="session", label_visibility="collapsed"
+        "Source",
+        allowed,
+        default=TYPED,
+        required=True,
+        key="source",
+        persist_state="session",
+        label_visibility="collapsed",
     )
 
 
 def typed(idx) -> EncodedText | None:
-    long = len(st.session_state.get("text") or "") > URL_CHARACTERS
+    long = len(st.session_state.get("text") or "") > state.URL_CHARACTERS
     given = st.text_area(
         "Text",
         key="text",
@@ -110,11 +122,10 @@ def typed(idx) -> EncodedText | None:
         max_chars=TEXT_CHARACTERS,
         placeholder="Type or paste a text, then Ctrl+Enter",
         label_visibility="collapsed",
-        bind=None if long else "query-params",
         persist_state="session",
     )
     if long:
-        st.caption(f"Over {URL_CHARACTERS:,} characters: the text is not part of the link.")
+        st.caption(f"Over {state.URL_CHARACTERS:,} characters: the text is not part of the link.")
     if not given.strip():
         st.caption("The language model is loaded when the first text is read.")
         return None
@@ -127,7 +138,9 @@ def encoded(_idx, fingerprint: str, text: str) -> EncodedText:
     lm = state.model((_idx.manifest.get("model") or {}).get("id") or "")
     expected = _idx.manifest["fingerprints"]["model"]
     if expected and lm.weights_fingerprint != expected:
-        raise SaekitError(f"the model {lm.id} has other weights than the one this index was made with; its codes would mean nothing")
+        raise SaekitError(
+            f"the model {lm.id} has other weights than the one this index was made with; its codes would mean nothing"
+        )
     folder = _idx.path.parent
     return _idx.encode(text, sae=state.sae(str(folder.resolve()), state.stamp(folder)), lm=lm)
 
@@ -165,12 +178,25 @@ def colour(idx, text: EncodedText) -> int | None:
     """The feature the tokens are coloured by: the one asked for, else the strongest on the chosen token or anywhere."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         asked = st.number_input(
-            "Colour by feature", 0, len(idx) - 1, None, step=1, key="feature", bind="query-params", placeholder="strongest", width=160
+            "Colour by feature",
+            0,
+            len(idx) - 1,
+            None,
+            step=1,
+            key="feature",
+            persist_state="session",
+            placeholder="strongest",
+            width=160,
         )
         best = ranked(idx, text, chosen_token(text))
         feature = asked if asked is not None else best[0][0] if best else None
         if feature is not None:
-            st.page_link(state.FEATURE, label=f"Feature {feature:,}", icon=":material/lens_blur:", query_params={"feature": str(feature)})
+            st.page_link(
+                state.FEATURE,
+                label=f"Feature {feature:,}",
+                icon=":material/lens_blur:",
+                query_params={"feature": str(feature)},
+            )
     return feature
 
 
@@ -199,7 +225,9 @@ def tokens(idx, text: EncodedText, feature: int | None):
     chosen = chosen_token(text)
     with st.container(border=True):
         event = token_view()(
-            key="tokens", data={"units": units, "chosen": -1 if chosen is None else chosen}, on_token_change=lambda: None
+            key="tokens",
+            data={"units": units, "chosen": -1 if chosen is None else chosen},
+            on_token_change=lambda: None,
         )
     if event.token is not None and event.token != chosen:
         st.session_state.token = int(event.token)
@@ -233,12 +261,19 @@ def ranked(idx, text: EncodedText, token: int | None) -> list[tuple[int, float]]
 def ranking(idx, text: EncodedText):
     token = chosen_token(text)
     if token is None:
-        st.caption(f"Strongest anywhere in {len(text)} tokens. Click a token to see what fires on it, a row to colour the text by it.")
+        st.caption(
+            f"Strongest anywhere in {len(text)} tokens. Click a token to see what fires on it, a row to colour the text by it."
+        )
     else:
         said = f"On token {token}, {render.visible(text.pieces[token])} : {int(text.l0[token])} features, error {render.number(float(text.error[token]) / max(1e-30, float(text.norm_x[token]) ** 2), 2)} of ‖x‖²"
         with st.container(horizontal=True, vertical_alignment="center"):
             st.html(render.fragment(f'<p class="q">{render.escape(said)}</p>'), width="content")
-            st.button("Whole text", on_click=lambda: st.session_state.pop("token", None), type="tertiary", icon=":material/close:")
+            st.button(
+                "Whole text",
+                on_click=lambda: st.session_state.pop("token", None),
+                type="tertiary",
+                icon=":material/close:",
+            )
     rows = ranked(idx, text, token)
     if not rows:
         st.caption("Nothing fires here.")
@@ -263,7 +298,9 @@ def ranking(idx, text: EncodedText):
         column_config={
             "feature": st.column_config.NumberColumn("Feature", format="%d", width=70),
             "code": st.column_config.NumberColumn("Code", format="%.2f", width=60),
-            "of max": st.column_config.ProgressColumn("of its max", format="percent", min_value=0, max_value=1, width=100),
+            "of max": st.column_config.ProgressColumn(
+                "of its max", format="percent", min_value=0, max_value=1, width=100
+            ),
             "about": st.column_config.TextColumn("Label or top tokens"),
         },
         alt="Features that fire; a row colours the text by its feature",
@@ -289,7 +326,9 @@ def small_multiples(idx, text: EncodedText):
         line = render.tokens_html(
             text.pieces[lo:hi], codes[lo:hi], max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi], encoded=text.encoded[lo:hi]
         )  # fmt: skip
-        lines.append(f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(about(idx, j))}</p></div></div>')
+        lines.append(
+            f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(about(idx, j))}</p></div></div>'
+        )
     st.html(render.fragment(*lines))
 
 

@@ -1,0 +1,309 @@
+"""What an opened index answers, and what it refuses."""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from saekit.errors import SaekitError
+from saekit.feature_index import open_index
+from saekit.store.format import write_tensors
+
+
+@pytest.fixture
+def small(make_index):
+    """20 tokens in two sequences " a b c …": feature 0 fires on every " a", 1 on " b" and " c", 2 once, 3 never."""
+    pieces = [b"<s>", b" a", b" b", b" c", b"12", b"3", b"=x"]
+    token_N = [0, 1, 2, 3, 4, 1, 5, 6, 2, 3, 0, 1, 1, 2, 6, 6, 3, 2, 1, 4]
+    dense_NF = np.zeros((20, 4), np.float32)
+    token = np.array(token_N)
+    dense_NF[token == 1, 0] = [1, 2, 3, 4, 5]
+    dense_NF[(token == 2) | (token == 3), 1] = 1
+    dense_NF[3, 2] = 7
+    return make_index(dense_NF, lengths=[10, 10], token_N=token_N, unencoded=[0, 10], pieces=pieces).index
+
+
+# opening
+
+
+def refused(path) -> str:
+    with pytest.raises(SaekitError) as error:
+        open_index(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_opens_from_both_folders(small):
+    sae = small.path.parent
+    assert len(open_index(sae)) == len(open_index(sae / "index")) == len(open_index(str(sae))) == 4
+
+
+def test_refusals_name_the_file_and_the_command(small, tmp_path):
+    sae = small.path.parent
+    command = f"saekit index {sae}"
+    assert "no such SAE folder" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert refused(tmp_path / "empty") == f"{tmp_path}/empty has no index yet: run  saekit index {tmp_path}/empty"
+    manifest = (sae / "index/manifest.json").read_text()
+
+    (sae / "index/manifest.json").write_text(manifest.replace('"format_version": 1', '"format_version": 2'))
+    said = refused(sae)
+    assert "has index format 2, this saekit reads 1" in said and command in said
+    (sae / "index/manifest.json").write_text("{")
+    assert "is not valid JSON" in refused(sae) and command in refused(sae)
+    (sae / "index/manifest.json").write_text("{}")
+    assert "is not an index" in refused(sae)
+    (sae / "index/manifest.json").write_text(manifest)
+
+    codes = sae / "index/codes.safetensors"
+    whole = codes.read_bytes()
+    codes.write_bytes(whole[:-2])
+    said = refused(sae)
+    assert (
+        f"codes.safetensors has {len(whole) - 2:,} bytes, the manifest says {len(whole):,}" in said and command in said
+    )
+    codes.unlink()
+    assert "codes.safetensors is missing" in refused(sae)
+    codes.write_bytes(whole)
+
+    (sae / "config.json").write_text(json.dumps({"fingerprint": "sha256:other"}))
+    said = refused(sae)
+    assert "belongs to SAE sha256:sae..., the folder holds sha256:other..." in said and command in said
+    (sae / "config.json").unlink()
+    assert len(open_index(sae)) == 4
+
+    (sae / "index/manifest.json").unlink()
+    assert "has no index yet (an unfinished build is there)" in refused(sae)
+
+
+def test_check_reads_everything(small):
+    assert small.check() == []
+    path = small.path / "codes.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert open_index(small.path).check() == [
+        f"{path} is damaged (sha256 differs); rebuild:  saekit index {small.path.parent}"
+    ]
+
+
+@pytest.mark.parametrize("number", [-1, 4, 999_999, "12", 1.0, True])
+def test_no_such_feature(small, number):
+    shown = f"{number:,}" if isinstance(number, int) and not isinstance(number, bool) else repr(number)
+    with pytest.raises(SaekitError, match="this SAE has 0 to 3") as error:
+        small.feature(number)
+    assert str(error.value).startswith(f"feature {'1' if number is True else shown} does not exist")
+    assert small[np.int64(3)].number == 3
+
+
+# examples
+
+
+def test_windows_never_cross_a_sequence(small):
+    example = small.window(11, 24, 8, feature=0)
+    assert example.positions.tolist() == list(range(10, 20)) and example.centre == 1
+    assert (example.at_start, example.at_end) == (True, True)
+    # " a" at 11, 12 and 18 with the third to fifth code
+    assert example.codes.tolist() == [0, 3, 4, 0, 0, 0, 0, 0, 5, 0]
+    assert example.text == "<s> a a b=x=x c b a12" and example.special.tolist() == [True] + [False] * 9
+    assert example.encoded.tolist() == [False] + [True] * 9
+    inner = small.window(14, 2, 1)
+    assert inner.positions.tolist() == [12, 13, 14, 15] and not inner.at_start and not inner.at_end
+    assert small.text(3, 1, 1) == " b c12"
+    assert small.window(0, None).positions.tolist() == list(range(10))
+    with pytest.raises(SaekitError, match="this index has 0 to 19"):
+        small.window(20)
+
+
+def test_random_is_spread_and_repeatable(make_index):
+    idx = make_index(np.ones((1000, 1), np.float32)).index
+    drawn = [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=3)]
+    assert drawn == [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=3)]
+    assert drawn != [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=4)]
+    # one in each twentieth of the firings
+    assert [p // 50 for p in drawn] == list(range(20))
+    assert len(idx.feature(0).random(2000)) == 1000
+
+
+def test_near_misses(make_index):
+    # token 1 at 0 2 4 … of three sequences; the feature fires on it in the first two sequences only half of the time
+    token_N = np.tile([1, 2], 150)
+    dense_NF = np.zeros((300, 2), np.float32)
+    dense_NF[[0, 4, 100, 104], 0] = 1
+    dense_NF[::2, 1] = 1
+    idx = make_index(dense_NF, lengths=[100, 100, 100], token_N=token_N, unencoded=[2]).index
+    at = [int(e.positions[e.centre]) for e in idx.feature(0).near_misses(16)]
+    assert len(set(at)) == 16 and all(token_N[p] == 1 and p not in (0, 2, 4, 100, 104) for p in at)
+    # its own sequences come first, and there is enough room in them
+    assert max(at) < 200
+    both = [int(e.positions[e.centre]) for e in idx.feature(0).near_misses(145)]
+    assert sorted(both) == [p for p in range(0, 300, 2) if p not in (0, 2, 4, 100, 104)]
+    assert all(p < 200 for p in both[:95]) and all(p >= 200 for p in both[95:])
+    assert idx.feature(1).near_misses() == [], "a dense feature has none"
+    assert all(e.value == 0 for e in idx.feature(0).near_misses())
+
+
+# tables and neighbours
+
+
+def test_token_table(small):
+    first = small.feature(0).tokens()
+    assert [(t.text, t.count, t.share, t.precision, t.f1) for t in first] == [(" a", 5, 1.0, 1.0, 1.0)]
+    both = small.feature(1).tokens()
+    assert [(t.text, t.count, t.precision) for t in both] == [(" b", 4, 1.0), (" c", 3, 1.0)]
+    assert small.feature(2).tokens()[0].precision == pytest.approx(1 / 3)
+
+
+def test_together_counts_joint_firings(make_index):
+    rng = np.random.default_rng(0)
+    dense_NF = (rng.random((400, 5)) < [0.3, 0.3, 0.3, 1.0, 0.01]).astype(np.float32)
+    dense_NF[:, 1] = dense_NF[:, 0]
+    dense_NF[dense_NF[:, 0] != 0, 2] = 0
+    idx = make_index(dense_NF).index
+    n = idx.column("n")
+    near = {x.feature: x for x in idx.feature(0).neighbours("together")}
+    assert set(near) == {1, 3}, "2 never fires with it, 4 fires too rarely"
+    assert near[1].count == n[0] and near[1].value == pytest.approx(1.0)
+    # firing on every token says nothing: lift 1, NPMI 0
+    assert near[3].value == pytest.approx(0.0, abs=1e-9)
+    assert idx.feature(3).neighbours("together")[0].value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_table_filters_and_sorts(small):
+    table = small.table(sort="-n", columns=["feature", "n", "density", "top_text", "flags_text", "bar", "label"])
+    assert table.features.tolist() == [1, 0, 2, 3]
+    row = next(iter(table))
+    assert (row["n"], row["density"], row["top_text"], row["label"]) == (7, 7 / 18, " b", "")
+    assert row["bar"] == [0.0] * 15 + [1.0]
+    assert small.table(alive=False).features.tolist() == [3]
+    assert small.table(sort="n", n=(1, 5)).features.tolist() == [2, 0]
+    assert small.table(sort="feature", density=(0.06, None)).features.tolist() == [0, 1]
+    assert small.table(sort="feature", flag="dead").features.tolist() == [3]
+    assert small.table(sort="feature", without=["dead", "dense"]).features.tolist() == [2]
+    # a dead feature has no median: undefined values come last, whichever way the order runs
+    assert small.table(sort="q50").features[-1] == small.table(sort="-q50").features[-1] == 3
+    assert small.table(limit=2, sort="feature").features.tolist() == [0, 1]
+    with pytest.raises(SaekitError, match="no column densty; nearest: density"):
+        small.table(densty=(0, 1))
+    with pytest.raises(SaekitError, match="no flag dad; known are dead"):
+        small.table(flag="dad")
+
+
+def test_csv_cannot_become_a_formula(small):
+    small.feature(0).label = '=HYPERLINK("http://evil")'
+    text = small.table(sort="feature", columns=["feature", "label", "mean"]).to_csv()
+    assert text.splitlines()[1].startswith("0,\"'=HYPERLINK(")
+    assert small.table(labelled=True).features.tolist() == [0]
+
+
+# searching
+
+
+def test_search_text_says_where(small):
+    small.feature(2).label = "the letter b"
+    hits = small.search("b")
+    assert (hits[0].feature, hits[0].where, hits[0].text) == (2, "label", "the letter b")
+    # " b" occurs 4 times, feature 1 fires on these and 3 times more
+    assert (hits[1].feature, hits[1].where) == (1, "token")
+    assert (hits[1].precision, hits[1].recall) == (pytest.approx(4 / 7), 1.0)
+    assert hits[1].score == pytest.approx(2 * 4 / (7 + 4))
+    # a text over several tokens is found where it ends: " b c" ends at 3 and 9
+    found = {h.feature: h for h in small.search("b c")}
+    assert found[2].where == "text" and found[2].recall == 0.5 and found[1].recall == 1.0
+    assert small.find_text("b c").tolist() == [3, 9]
+    # " c" and "<s>" are neighbours across a border only
+    assert small.find_text(" c<s>").tolist() == []
+    assert small.search("zebra") == [] and small.search("") == []
+
+
+def test_search_regex(small):
+    assert small.tokens_matching(r"^\d+$") == [4, 5]
+    hits = small.search(regex="^ [bc]$")
+    assert (hits[0].feature, hits[0].precision, hits[0].recall) == (1, 1.0, 1.0)
+    with pytest.raises(SaekitError, match="is not a regular expression"):
+        small.search(regex="(")
+
+
+def test_search_regex_is_stopped(make_index):
+    idx = make_index(np.ones((2, 1), np.float32), pieces=[b"<s>", b"a" * 40]).index
+    with pytest.raises(SaekitError, match="takes longer than 2 s"):
+        idx.search(regex=r"^(a+)+$b")
+
+
+def test_search_by_direction(make_index):
+    W = np.array([[1, 0], [0.6, 0.8], [-3, 0], [0, 1]], np.float32)
+    small = make_index(np.ones((2, 4), np.float32), D=2, W_dec_FD=torch.from_numpy(W)).index
+    with pytest.raises(SaekitError, match=r"sae.safetensors is missing"):
+        small.search(like=0)
+    write_tensors(small.path.parent / "sae.safetensors", {"W_dec": W})
+    hits = small.search(like=0, limit=2)
+    assert [(h.feature, h.where, round(h.score, 3)) for h in hits] == [(2, "decoder", -1.0), (1, "decoder", 0.6)]
+    assert small.search(vector=[0, 2.0], limit=1)[0].feature == 3
+    with pytest.raises(SaekitError, match="has 3 entries, decoder rows have 2"):
+        small.search(vector=[1, 2, 3])
+    with pytest.raises(SaekitError, match="exactly one of"):
+        small.search("a", regex="b")
+
+
+def test_without_by_token(make_index):
+    rng = np.random.default_rng(2)
+    dense_NF = (rng.random((300, 6)) < 0.3).astype(np.float32)
+    with_it = make_index(dense_NF).index
+    at = rng.permutation(300)[:50]
+    expected = with_it.counts_at(at)
+    assert np.array_equal(expected, (dense_NF[at] != 0).sum(0))
+    without = make_index(dense_NF, by_token=False).index
+    assert not without.has_by_token and np.array_equal(without.counts_at(at), expected)
+    assert without.feature(0).neighbours("together") == []
+    with pytest.raises(SaekitError, match=r"index without by_token; rebuild:  saekit index"):
+        without.at(0)
+
+
+# the rest
+
+
+def test_to_dict_is_json(small):
+    for j in range(4):
+        data = small.feature(j).to_dict()
+        assert json.loads(json.dumps(data))["feature"] == j
+    assert small.feature(0).to_dict()["top"]["+"][0]["value"] == 5.0
+
+
+def test_density_interval_by_hand(small):
+    # feature 0 fires 2 and 3 times in the two sequences: se² = (4 + 9 − 25/2) / 18²
+    f = small.feature(0)
+    half = 1.96 * (13 - 12.5) ** 0.5 / 18
+    assert f.density_interval == (pytest.approx(5 / 18 - half), pytest.approx(5 / 18 + half))
+    assert small.feature(3).density_interval == (0.0, 3 / 18)
+
+
+def test_values_are_mapped_not_copied(small):
+    before = {name: os.stat(small.path / name).st_mtime_ns for name in small.manifest["files"]}
+    assert not small.feature(1).positions.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        small.feature(1).positions[0] = 3
+    assert before == {name: os.stat(small.path / name).st_mtime_ns for name in small.manifest["files"]}
+
+
+def test_one_reader_many_threads(random_index):
+    idx = random_index.index
+    expected = [idx.feature(j).html() for j in range(len(idx))]
+    fresh = open_index(idx.path)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda j: fresh.feature(j).html(), range(len(idx)))) == expected
+
+
+def test_a_map_outlives_a_rebuild(make_index, tmp_path):
+    old = make_index(np.ones((5, 2), np.float32)).index
+    codes = old.file("codes")
+    make_index(np.ones((9, 2), np.float32))
+    assert codes["position"].tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def test_index_folder_can_be_moved(small, tmp_path):
+    shutil.move(small.path.parent, tmp_path / "elsewhere")
+    assert open_index(tmp_path / "elsewhere").feature(0).n == 5
