@@ -34,7 +34,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 # what the tokenizer's threads get at once: enough for all of them, little enough to stop soon after the last token needed
 BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -449,8 +448,10 @@ def test_out_of_memory_names_the_option(lm, tiny_text, tmp_path, monkeypatch):
         collect(lm, text=str(tiny_text), out=tmp_path / "a", **SETTINGS)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission(lm, tiny_text, tmp_path):
-    (tmp_path / "ro").mkdir(mode=0o500)
-    message = refused(lm, text=str(tiny_text), out=tmp_path / "ro" / "a", **SETTINGS)
-    assert message == f"cannot write to {tmp_path}/ro/a: permission denied"
+def test_no_permission(lm, tiny_text, tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    message = refused(lm, text=str(tiny_text), out=tmp_path / "a", **SETTINGS)
+    assert message == f"cannot write to {tmp_path}/a: permission denied" and not (tmp_path / "a").exists()

@@ -26,7 +26,7 @@ def test_text_to_feature(tiny_model, tiny_text, tmp_path):
     assert "<b" in feature._repr_html_()  # tokens on which it fires are marked
 
     # the index and the SAE agree: the strongest firing of the feature is what encode() gives for that row
-    position = int(feature.top(1)[0].centre)
-    row = int((store.row_positions() == position).nonzero()[0][0])
+    strongest = feature.top(1)[0]
+    row = int((store.row_positions() == strongest.positions[strongest.centre]).nonzero()[0][0])
     code = sae.encode(store.read(store.sites[0], row, row + 1).float()).dense()[0, busiest]
     assert abs(float(code) - float(feature.values.max())) <= 1e-3 * float(code)

@@ -45,7 +45,18 @@ def choose_sae():
             )
         folder = state.chosen()
         if folder.problem is None:
+            say_if_rebuilt(folder)
             st.html(state.facts(state.index(), named=len(known) == 1))
+
+
+def say_if_rebuilt(folder: state.Folder):
+    """A new manifest is opened by itself; whoever was looking at the old one is told."""
+    key, now = f"stamp-{folder.name}", state.stamp(folder.path)
+    if st.session_state.setdefault(key, now) != now:
+        st.session_state[key] = now
+        st.toast(
+            state.literal(f"the index of {folder.name} was rebuilt; this is the new one"), icon=":material/refresh:"
+        )
 
 
 try:

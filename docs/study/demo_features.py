@@ -30,14 +30,13 @@ def spans(text: str):
     def at(place):
         return int(starts[place[0] - 1]) + place[1]
 
+    tokens = []
     try:
-        tokens = [
-            t
-            for t in tokenize.generate_tokens(io.StringIO(text).readline)
-            if t.type not in (tokenize.NL, tokenize.ENCODING)
-        ]
+        for t in tokenize.generate_tokens(io.StringIO(text).readline):
+            if t.type not in (tokenize.NL, tokenize.ENCODING):
+                tokens.append(t)  # noqa: PERF401  (what was read before an error stays)
     except (tokenize.TokenError, SyntaxError, IndentationError):
-        return
+        pass  # a document that was cut: what came before counts
     opened, def_depth, previous, before = [], None, None, None
     line_first = True
     in_import = in_decorator = False
@@ -164,10 +163,16 @@ def labels(index) -> tuple[list[str], np.ndarray]:
     """(descriptions, table (descriptions, N) of which token fits which): a token fits if its first visible byte does."""
     pieces, owner, start = defaultdict(list), [], []
     length = defaultdict(int)
-    special = {int(i) for i in index.manifest["special_token_ids"]}
-    for position, token in enumerate(np.asarray(index.tokens.token[: index.n_tokens])):
-        doc = int(index.tokens.doc_of(position))
-        raw = b"" if int(token) in special else index.token_bytes(int(token))
+    vocab = [
+        b"" if special else piece
+        for piece, special in zip(
+            index.pieces(range(index.manifest["V"])), index.file("vocab")["special"], strict=False
+        )
+    ]
+    stored = index.file("tokens")
+    docs = np.repeat(stored["run_doc"], np.diff(np.append(stored["run_start"], index.n_tokens))).tolist()
+    for doc, token in zip(docs, stored["token"].tolist(), strict=True):
+        raw = vocab[token]
         pieces[doc].append(raw)
         owner.append(doc)
         start.append(length[doc] + (len(raw) - len(raw.lstrip(b" ")) if raw.strip() else 0))
@@ -199,13 +204,12 @@ def main():
         feature = index.feature(f)
         if feature.n < TOP:
             continue
-        tops = np.array([e.centre for e in feature.top(TOP)])
+        tops = np.array([e.positions[e.centre] for e in feature.top(TOP)])
         if len(tops) < TOP:
             continue
         share = fits[:, tops].mean(1)
         covered = fits[:, np.asarray(feature.positions)].mean(1)
-        for d in np.flatnonzero(share >= 0.8):
-            found.append((names[d], share[d], covered[d], base[d], f, feature.n))
+        found += [(names[d], share[d], covered[d], base[d], f, feature.n) for d in np.flatnonzero(share >= 0.8)]
     best = {}
     for row in sorted(found, key=lambda r: (-r[1], -r[2])):
         best.setdefault(row[0], row)

@@ -30,7 +30,17 @@ from saekit_kernels import RowCount, encode_select
 
 import saekit
 from saekit.errors import SaekitError
-from saekit.feature_index.reader import ABSENT, FLAGS, FORMAT, FORMAT_VERSION, FeatureIndex, open_index, splitmix
+from saekit.feature_index.reader import (
+    ABSENT,
+    FLAGS,
+    FORMAT,
+    FORMAT_VERSION,
+    PER_SLICE,
+    SLICES,
+    FeatureIndex,
+    open_index,
+    splitmix,
+)
 from saekit.progress import Progress
 from saekit.store.format import (
     atomic_write,
@@ -46,7 +56,6 @@ EXPONENT_TOKENS = 65_536
 BLOCK_FIRINGS = 1 << 22
 BLOCK_FEATURES = 1 << 14
 TOP_CANDIDATES, TOP = 256, 64
-SLICES, PER_SLICE = 10, 8
 BINS = 64
 TOKENS = 16
 LOGITS, NEIGHBOURS = 20, 20

@@ -43,6 +43,8 @@ SIGNS = {"+": 0, "pos": 0, "-": 1, "neg": 1}
 # firings counted for what fires together, positions kept of a common token, and seconds given to a regular expression
 TOGETHER_POSITIONS = 20_000
 TOGETHER_LEAST = 5
+SLICES, PER_SLICE = 10, 8
+"""Slices of equal count that are stored, and examples in each."""
 FEW = 10
 """A feature that fires less often shows every firing and no quantiles."""
 REGEX_SECONDS = 2.0
@@ -943,22 +945,26 @@ class Feature:
         if row is None:
             return []
         fired, stored = self.index._firings(self.number)
-        order = _by_strength(stored, row)
+        # counted from the strongest down: magnitude bits of float16 sort as integers, and counting beats sorting
+        bits = stored.view(np.uint16)
+        bits = bits[(bits < 0x8000) == (row == 0)] & 0x7FFF
+        down = np.cumsum(np.bincount(bits, minlength=0x7C00)[::-1])
+        is_stored = bins == SLICES and per_bin <= PER_SLICE
+        order = None if is_stored else _by_strength(stored, row)
         slices = []
         for i in range(bins):
-            a, b = i * len(order) // bins, (i + 1) * len(order) // bins
+            a, b = i * len(bits) // bins, (i + 1) * len(bits) // bins
             if a == b:
                 continue
-            if bins == 10 and per_bin <= 8:
+            if order is None:
                 sample = self.index.file("examples")["sample_position"][self.number, row, i]
-                sample = sample[sample != ABSENT].tolist()
-                sample = [sample[j * len(sample) // per_bin] for j in range(min(per_bin, len(sample)))] if len(sample) > per_bin else sample  # fmt: skip
+                sample = sample[sample != ABSENT]
+                sample = sample[np.arange(min(per_bin, len(sample))) * max(per_bin, len(sample)) // per_bin]
             else:
-                ranks = a + spread(b - a, per_bin, self.number * 64 + row * 32 + i)
-                sample = fired[order[ranks]].tolist()
-            ends = np.abs(stored[order[[b - 1, a]]].astype(np.float32)) * np.float32(self.index.scale)
-            examples = [self._example(p, zoom) for p in sample]
-            slices.append(Slice(float(ends[0]), float(ends[1]), b - a, "+-"[row], examples))
+                sample = fired[order[a + spread(b - a, per_bin, self.number * 64 + row * 32 + i)]]
+            size = (0x7C00 - 1 - np.searchsorted(down, [b - 1, a], side="right")).astype(np.uint16).view(np.float16)
+            low, high = (size.astype(np.float32) * np.float32(self.index.scale)).tolist()
+            slices.append(Slice(low, high, b - a, "+-"[row], [self._example(p, zoom) for p in sample.tolist()]))
         return slices
 
     def random(self, k: int = 20, seed: int = 0, *, sign: str = "both", zoom: str = "snippet") -> list[Example]:

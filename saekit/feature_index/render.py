@@ -60,7 +60,7 @@ i{font-style:normal}
 .x>i,.x .s{opacity:.9}
 .x>i{text-align:right;font-weight:600}
 b[class]{background:rgb(var(--c)/var(--a));border-radius:3px;font-weight:400}
-.q b{border-radius:0}
+p b{border-radius:0}
 b.m,span.m{font-weight:700;text-decoration:underline}
 [class^=n]{--c:67 147 195}
 """
@@ -92,7 +92,7 @@ def page_html(features: Sequence, view: str = "top", zoom: str = "snippet", sign
     )
     indexes = {f.index.fingerprint: f.index for f in features}
     ends = [
-        f"{i.path.parent} · {i.manifest['F']:,} features · {i.n_encoded:,} tokens · saekit {i.manifest['saekit_version']} · index {name}"
+        f"{i.name} · {i.manifest['F']:,} features · {i.n_encoded:,} tokens · saekit {i.manifest['saekit_version']} · index {name}"
         for name, i in indexes.items()
     ]
     body = "<hr>".join(feature_html(f, view, zoom, sign) for f in features)
@@ -316,8 +316,11 @@ def legend_html(scale: float, signed: bool, name: str = "own maximum") -> str:
     """The eight steps with what they stand for."""
     plus = "".join(f'<b class="p{i}"> &nbsp; </b>' for i in range(1, STEPS + 1))
     minus = "".join(f'<b class="n{i}"> &nbsp; </b>' for i in range(STEPS, 0, -1)) if signed else ""
-    low = f"−{number(scale)} " if signed else "0 "
-    return f'<p class="q">{low}<span aria-hidden="true">{minus}{plus}</span> &nbsp;{"+" if signed else ""}{number(scale)} = {escape(name)}</p>'
+    low, high = (f"−{number(scale)}", f"+{number(scale)}") if signed else ("0", number(scale))
+    return (
+        f'<p><span class="q">{low} </span><span aria-hidden="true">{minus}{plus}</span>'
+        f'<span class="q"> {high} = {escape(name)}</span></p>'
+    )
 
 
 def legend_name(scale: str | float) -> str:

@@ -136,14 +136,15 @@ def make_sae(
     fires[R + 1] = np.isin(token, np.bincount(token).argsort()[-40:-34])
     fires[R + 2] = fires[R + 1] & (rng.random(T) < 0.97)
     fires[R + 3, 1::CONTEXT] = True
-    fires[R + 4, T // 2] = True
+    fires[R + 4, 37 * CONTEXT + 60] = True
     common = np.bincount(token).argsort()[::-1]
     first, last = R + 6, n_features - 20
     half = first + (last - first) // 2
     for j, t in zip(range(first, half), common, strict=False):
         fires[j] = (token == t) & (rng.random(T) < 0.9)
     for j in range(half, last):
-        fires[j] = rng.random(T) < 10 ** rng.uniform(-4, -2.3)
+        fires[j] = rng.random(T) < 10 ** rng.uniform(-3.5, -2.3)
+        fires[j, 5 + CONTEXT * (j % 40)] = True
     stored = token != tokenizer.bos_token_id
     fires[:, ~stored] = False
     codes_FT = fires * rng.gamma(2.5, 1.2, fires.shape).astype(np.float32)

@@ -59,7 +59,7 @@ def test_text_and_logits_come_from_the_model(built, tiny_text):
 
 
 def test_typed_text_has_the_codes_of_the_store(built):
-    lm, store, sae, idx = built
+    lm, _, sae, idx = built
     # the first sequence as text, tokenised again
     ids = idx.file("tokens")["token"][1:40].tolist()
     typed = idx.encode(lm.tokenizer.decode(ids), lm=lm, sae=sae)

@@ -49,7 +49,7 @@ def detail(idx):
     number = header(idx)
     state.leave("feature")
     f = idx.feature(number)
-    where = st.container()
+    where = st.container(key="numbers")
     left, right = st.columns([5, 2], gap="large")
     with left:
         examples(idx, number)

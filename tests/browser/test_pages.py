@@ -1,0 +1,294 @@
+"""Every page in every state, without a browser: the right sentence is shown and nothing raises."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from saekit_browser import state
+from streamlit.testing.v1 import AppTest
+
+MAIN = Path(state.__file__).parent / "main.py"
+PAGES = ("overview", "features", "feature", "prompt")
+
+
+@pytest.fixture
+def browse(monkeypatch):
+    """Runs the app on a folder: first main.py, then the page, as Streamlit does."""
+
+    def run(path: Path, page: str = "overview", *options: str, **parameters: str) -> AppTest:
+        monkeypatch.setattr(sys, "argv", [str(MAIN), str(path), *options])
+        state.arguments.cache_clear()
+        app = AppTest.from_file(str(MAIN), default_timeout=60)
+        for key, value in parameters.items():
+            app.query_params[key] = value
+        app.run()
+        if page != "overview":
+            app.switch_page(f"views/{page}.py")
+            for key, value in parameters.items():
+                app.query_params[key] = value
+            app.run()
+        assert not app.exception, [e.message for e in app.exception]
+        return app
+
+    yield run
+    state.arguments.cache_clear()
+
+
+def html(app: AppTest) -> str:
+    return "\n".join(e.proto.body for e in app.get("html"))
+
+
+def words(elements) -> str:
+    return " | ".join(e.value.replace("\\", "") for e in elements)
+
+
+def copied(saes: Path, root: Path) -> Path:
+    shutil.copytree(saes / "plain", root / "saes" / "plain")
+    return root / "saes"
+
+
+@pytest.mark.parametrize("sae", ["plain", "signed"])
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page(browse, saes, sae, page):
+    app = browse(saes, page, sae=sae)
+    assert not app.error
+    assert f"{256:,} features" in html(app)
+
+
+def test_overview(browse, saes):
+    app = browse(saes / "plain")
+    # one SAE: nothing to select; no evaluation: said, with the command
+    assert not app.selectbox
+    assert "has no evaluation yet: run saekit evaluate" in words(app.info)
+    assert [m.label for m in app.metric] == ["Features per token", "Silent"]
+    # feature 19 and the last 20 never fire: 21 of 256 = 8.2 %
+    assert app.metric[1].value == "8.20 %"
+    assert html(app).count("Feature") == 0
+    assert len(app.get("page_link")) == 12
+
+
+def test_overview_with_evaluation(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    fingerprint = json.loads((root / "plain" / "config.json").read_text())["fingerprint"]
+
+    def metric(value, ci=None, **more):
+        return {"value": value, "unit": "", "better": "lower", "ci95": ci, "n": 1000, "formula": "x/1", "baselines": {}, "note": "", **more}  # fmt: skip
+
+    content = {
+        "format": "saekit-evaluation",
+        "format_version": 1,
+        "sae": {"fingerprint": fingerprint, "F": 256, "k": 8},
+        "data": {},
+        "tiers": {
+            "1": {
+                "metrics": {
+                    "fvu": metric(1.25, [1.2, 1.3], baselines={"pca_l0": 0.4}),
+                    "l0": metric(8.0, [7.9, 8.1], note="5/50/95 %: 8/8/8"),
+                    "alive": metric(0.9),
+                },
+                "warnings": ["FVU 1.25 is worse than predicting the mean: wrong site or scaling?"],
+            }
+        },
+    }
+    (root / "plain" / "evaluation.json").write_text(json.dumps(content))
+    app = browse(root)
+    assert "FVU 1.250 ± 0.050, L0 8.0, 10 % of 256 features silent" in html(app)
+    assert "worse than predicting the mean" in words(app.warning)
+    assert [(m.label, m.value) for m in app.metric][:2] == [
+        ("Unexplained variance", "1.250"),
+        ("Features per token", "8.0"),
+    ]
+
+
+def test_features_filter_and_order(browse, saes):
+    app = browse(saes / "plain", "features", sort="feature", desc="false")
+    frame = app.dataframe[0].value
+    # 256 features without the 21 that never fire
+    assert frame["feature"].tolist() == [*range(19), *range(20, 236)]
+    app.toggle(key="alive").set_value(False).run()
+    assert len(app.dataframe[0].value) == 256
+    app.pills(key="flag").set_value(["near-duplicate"]).run()
+    assert {15, 16} <= set(app.dataframe[0].value["feature"])
+    app.number_input(key="dmin").set_value(0.99).run()
+    assert "No feature passes these filters" in words(app.info)
+    wanted = {"sort": "feature", "desc": "false", "alive": "false", "flag": "near-duplicate", "dmin": "0.99"}
+    assert dict(app.query_params) == wanted
+
+
+def test_features_search(browse, saes):
+    app = browse(saes / "plain", "features", q="self")
+    found = app.dataframe[0].value
+    assert found["found"].iloc[0] == "token" and "self" in found["top_text"].iloc[0]
+    app.text_input(key="q").set_value("like:15").run()
+    assert app.dataframe[0].value["feature"].iloc[0] == 16
+    app.text_input(key="q").set_value("/^(/").run()
+    assert "is not a regular expression" in words(app.error)
+    app.text_input(key="q").set_value("like:999999").run()
+    assert "feature 999,999 does not exist" in words(app.error)
+
+
+def test_filters_order_the_walk(browse, saes):
+    """J goes to the next row of page Features; a reload keeps that list, because the address carries it."""
+    app = browse(saes / "plain", "feature", feature="5", list="sort=feature&desc=true")
+    app.button(key="j").click().run()
+    assert app.number_input(key="feature").value == 4
+    app.button(key="k").click().run().button(key="k").click().run()
+    assert app.number_input(key="feature").value == 6
+    assert app.query_params["feature"] == "6"
+    # a list parameter that makes no sense changes nothing
+    app = browse(saes / "plain", "feature", feature="5", list="sort=evil&dmin=x&flag=nope&desc=maybe")
+    assert (
+        app.session_state["sort"] == "energy" and app.session_state["dmin"] is None and app.session_state["flag"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("feature", "said"),
+    [
+        ("19", "density below"),
+        ("18", "fires 1 time only"),
+        ("14", "dense: fires on"),
+        ("17", "lie in the first two tokens of a sequence"),
+    ],
+)
+def test_feature_states(browse, saes, feature, said):
+    for sae in ("plain", "signed"):
+        app = browse(saes, "feature", sae=sae, feature=feature)
+        assert said in html(app) and not app.error
+        # a feature that never fires has no examples to choose from
+        for view in ("quantiles", "random", "near") if feature != "19" else ():
+            app.segmented_control(key="view").set_value(view).run()
+            assert not app.exception and not app.error
+
+
+def test_feature_signed(browse, saes):
+    app = browse(saes, "feature", sae="signed", feature="4")
+    assert "never positive" in html(app)
+    app = browse(saes, "feature", sae="signed", feature="2", sign="neg")
+    assert "Strongest, negative" in html(app) and "Strongest, positive" not in html(app)
+    assert "no logit weights" in html(app) or "none in this index" in html(app)
+
+
+@pytest.mark.parametrize("feature", ["999999", "256", "-1", "abc", "1.5", "", "²", "1e3"])
+def test_bad_feature_in_the_address(browse, saes, feature):
+    app = browse(saes / "plain", "feature", feature=feature)
+    assert "does not exist; this SAE has 0 to 255" in words(app.warning)
+    assert app.number_input(key="feature").value == 0
+
+
+def test_bad_choices_in_the_address(browse, saes):
+    app = browse(saes / "plain", "feature", view="nonsense", zoom="", scale="own'--", feature="3")
+    assert not app.error and "Strongest" in html(app)
+    app = browse(saes, sae="../../etc")
+    assert "no SAE named ../../etc here" in words(app.warning)
+
+
+def test_label(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    app = browse(root, "feature", feature="3")
+    hostile = "<b>![x](http://example.com/x.png)</b> $x$"
+    app.text_input(key="text-3-0").set_value(hostile).run()
+    assert app.text_input(key="text-3-1").value == hostile
+    app = browse(root, "feature", feature="3")
+    assert app.text_input(key="text-3-1").value == hostile
+    # never in Markdown, and escaped wherever it is HTML
+    assert hostile not in html(app) and not any(hostile in m.value for m in app.markdown)
+    app = browse(root, "features", label="labelled")
+    assert app.dataframe[0].value["feature"].tolist() == [3]
+
+
+def test_label_saved_meanwhile(browse, saes, tmp_path):
+    from saekit.feature_index import open_index
+
+    root = copied(saes, tmp_path)
+    app = browse(root, "feature", feature="3")
+    open_index(root / "plain").feature(3).label = "theirs"
+    app.text_input(key="text-3-0").set_value("mine").run()
+    assert "theirs" in words(app.toast) and "mine" in words(app.toast)
+    assert app.text_input(key="text-3-1").value == "theirs"
+
+
+def test_labels_cannot_be_written(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    (root / "plain" / "labels.sqlite").mkdir()
+    app = browse(root, "feature", feature="3")
+    app.text_input(key="text-3-0").set_value("mine").run()
+    assert "cannot be written" in words(app.toast) and not app.exception
+    assert "Strongest" in html(app)
+
+
+def test_broken_index(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    codes = root / "plain" / "index" / "codes.safetensors"
+    codes.write_bytes(codes.read_bytes()[:-2])
+    for page in PAGES:
+        app = browse(root, page)
+        assert "the manifest says" in words(app.error) and "saekit index" in words(app.error)
+
+
+def test_index_of_another_sae(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    config = json.loads((root / "plain" / "config.json").read_text())
+    (root / "plain" / "config.json").write_text(json.dumps({**config, "fingerprint": "sha256:other"}))
+    assert "belongs to SAE" in words(browse(root).error)
+
+
+def test_one_of_several_is_broken(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    shutil.copytree(root / "plain", root / "a-broken-one")
+    shutil.rmtree(root / "a-broken-one" / "index")
+    app = browse(root)
+    # the good one is shown although the broken one comes first in the alphabet
+    assert app.selectbox(key="sae").value == "plain"
+    assert "a-broken-one: " in words(app.warning) and "has no index yet: run saekit index" in words(app.warning)
+
+
+def test_links_that_leave_the_folder(browse, saes, tmp_path):
+    root = tmp_path / "saes"
+    shutil.copytree(saes / "plain", root / "plain")
+    (root / "elsewhere").symlink_to(saes / "signed")
+    app = browse(root)
+    assert not app.selectbox
+
+
+def test_index_rebuilt(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    app = browse(root)
+    manifest = root / "plain" / "index" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "warnings": ["another build"]}))
+    app.run()
+    assert not app.error and "was rebuilt" in words(app.toast)
+
+
+def test_empty_folder(browse, tmp_path):
+    assert "holds no SAE folder" in words(browse(tmp_path).error)
+
+
+def test_prompt_without_model(browse, saes):
+    app = browse(saes, "prompt", "--no-model", sae="plain")
+    assert app.dataframe[0].value["feature"].size > 0
+    app = browse(saes, "prompt", "--no-model", sae="signed")
+    assert "index without by_token" in words(app.error)
+
+
+def test_prompt(browse, saes):
+    app = browse(saes / "plain", "prompt", text="def add(self):\n    return 1")
+    assert not app.error
+    rows = app.dataframe[0].value
+    best = int(rows["feature"].iloc[0])
+    assert (rows["code"].abs().diff().dropna() <= 0).all()
+    assert f"feature {best:,}" in html(app)
+    app.text_area(key="text").set_value("x = 1\n" * 200).run()
+    assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
+
+
+def test_model_is_gone(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["model"]["id"] = str(tmp_path / "gone")
+    manifest.write_text(json.dumps(content))
+    app = browse(root, "prompt", text="x")
+    assert str(tmp_path / "gone") in words(app.error)
