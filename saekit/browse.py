@@ -1,24 +1,32 @@
 """Starts the browser: the line that runs Streamlit on the app, and nothing of the app itself."""
 
 import importlib.util
-import os
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from saekit.errors import SaekitError
 
 
 def find_saes(path: Path) -> list[Path]:
-    """SAE folders at `path`: itself, or its direct sub-folders. SaekitError if there is none."""
+    """SAE folders at `path`: itself, or its direct sub-folders. SaekitError if there is none, or none has an index."""
     if not path.is_dir():
         raise SaekitError(f"no such folder: {path}")
-    if (path / "config.json").is_file():
-        return [path]
-    found = sorted(p.parent for p in path.glob("*/config.json"))
+    found = [path] if _is_sae(path) else sorted(p for p in path.iterdir() if _is_sae(p))
     if not found:
         raise SaekitError(f"{path} holds no SAE folder; train one with  saekit train topk ACTS --out {path}/topk")
+    if not any((sae / "index" / "manifest.json").is_file() for sae in found):
+        raise SaekitError(f"{found[0]} has no index yet: run  saekit index {found[0]}")
     return found
+
+
+def _is_sae(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["format"] == "saekit-sae"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
@@ -40,15 +48,15 @@ def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(main), *flags, "--", *rest]
 
 
-def serve(path: Path, *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
-    """Serves the SAEs at `path` until Ctrl-C. Raises SaekitError before any server starts if there is nothing to show."""
-    saes = find_saes(path)
-    if not any((sae / "index" / "manifest.json").is_file() for sae in saes):
-        raise SaekitError(f"{saes[0]} has no index yet: run  saekit index {saes[0]}")
+def serve(
+    path: Path, *, host: str = "127.0.0.1", port: int = 8501, model: bool = True, say: Callable[[str], None] = print
+):
+    """Serves the SAEs at `path` until Ctrl-C; `say` gets the address. Raises SaekitError before any server starts if
+    there is nothing to show."""
+    find_saes(path)
     line = command(path, host=host, port=port, model=model)
-    process = subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, env={**os.environ, "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
-    )
+    say(f"saekit browser: http://{host}:{port}   (Ctrl-C ends it)")
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL)
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -109,9 +109,10 @@ def collect(argv: list[str]):
     store = collect_(model, out=out, **vars(options))
     for site in store.sites:
         s = store.manifest["sites"][site]
+        marked = f", {s['outlier_rows']:,} rows above {s['norm_limit']:.3g} marked" if s["norm_limit"] else ""
         print(
-            f"{site}: width {s['d']}, median norm {s['median_norm']:.3g}, {s['outlier_rows']:,} rows above {s['norm_limit'] or 0:.3g} "
-            f"marked, ‖mean‖ / ‖deviation‖ {s['mean_to_deviation']:.2f}"
+            f"{site}: width {s['d']}, median norm {s['median_norm']:.3g}{marked}, "
+            f"‖mean‖ / ‖deviation‖ {s['mean_to_deviation']:.2f}"
         )
     print(
         f"{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  saekit train topk {out} --out saes/{out.name}-topk"
@@ -147,7 +148,6 @@ def train(argv: list[str]):
     from saekit.store import open_store
 
     run = Run(variant, open_store(store), out, options)
-    print(run.plan(), file=sys.stderr)
     run.train()
     print(f"{run.summary()}\nnext:  saekit evaluate {out}   and   saekit index {out}")
 
@@ -211,8 +211,7 @@ def browse(argv: list[str]):
     path, host, port, model = _parse(parse, argv, "saekit browse")
     from saekit.browse import serve
 
-    print(f"saekit browser: http://{host}:{port}   (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    serve(path, host=host, port=port, model=model)
+    serve(path, host=host, port=port, model=model, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def feature(argv: list[str]):
@@ -232,23 +231,21 @@ def feature(argv: list[str]):
             sae: SAE folder with an index.
             number: One or several features.
             html: Write one self-contained HTML file instead.
-            view: Which examples the HTML file shows.
-            zoom: How much text stands around each of them.
+            view: Which examples.
+            zoom: How much text the HTML file shows around each of them.
         """
         return sae, number, html, view, zoom
 
     sae, numbers, html, view, zoom = _parse(parse, argv, "saekit feature")
-    from saekit.feature_index import open_index, render
+    from saekit.feature_index import open_index
+    from saekit.feature_index.render import page_html
 
     index = open_index(sae)
     features = [index.feature(number) for number in numbers]
     if html is None:
-        for one in features:
-            print(render.feature_text(one, ansi=sys.stdout.isatty()))
+        print("\n\n".join(one.text(view, color=sys.stdout.isatty()) for one in features))
         return
-    pages = [one.html(view=view, zoom=zoom) for one in features]
-    provenance = f"SAE {index.manifest['fingerprints']['sae']}, store {index.manifest['fingerprints']['store']}"
-    html.write_text(render.document(f"{sae.name}: features", pages, provenance), encoding="utf-8")
+    html.write_text(page_html(features, view, zoom), encoding="utf-8")
     print(f"{len(features)} feature{'s' if len(features) > 1 else ''} in {html}")
 
 

@@ -95,6 +95,7 @@ class Run:
     def train(self) -> SAE:
         with claimed(self.out):
             resume = self._begin()
+            Progress.say(self.plan())
             trainer = Trainer(
                 self.variant,
                 self.store.d(self.site),

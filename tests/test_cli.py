@@ -141,7 +141,7 @@ def bad_inputs(tmp_path, tiny_model, tiny_text, acts, sae):
             "is not empty and not a store; choose another --out",
             None,
         ),
-        "no store": (["train", "topk", str(tmp_path), "--out", str(new)], "is not a store", new),
+        "no store": (["train", "topk", str(tmp_path), "--out", str(new)], "is not an activation store", new),
         "missing store": (["train", "topk", str(tmp_path / "nope"), "--out", str(new)], "nope", new),
         "k above F": (
             ["train", "topk", str(acts), "--out", str(new), "--k", "512", "--d-sae", "256"],

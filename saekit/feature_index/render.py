@@ -60,7 +60,7 @@ i{font-style:normal}
 .x>i,.x .s{opacity:.9}
 .x>i{text-align:right;font-weight:600}
 b[class]{background:rgb(var(--c)/var(--a));border-radius:3px;font-weight:400}
-p b{border-radius:0}
+span [class]{border-radius:0}
 b.m,span.m{font-weight:700;text-decoration:underline}
 [class^=n]{--c:67 147 195}
 """

@@ -137,7 +137,7 @@ def make_sae(
     fires[R + 2] = fires[R + 1] & (rng.random(T) < 0.97)
     fires[R + 3, 1::CONTEXT] = True
     fires[R + 4, 37 * CONTEXT + 60] = True
-    common = np.bincount(token).argsort()[::-1]
+    common = np.bincount(token[token != tokenizer.bos_token_id]).argsort()[::-1]
     first, last = R + 6, n_features - 20
     half = first + (last - first) // 2
     for j, t in zip(range(first, half), common, strict=False):

@@ -26,13 +26,16 @@ def page():
         return
     idx = state.index()
     st.title(state.literal(idx.name), anchor=False)
-    health(idx)
+    # filled last: reading the evaluation imports more than the rest of the page needs
+    top = st.container()
     left, right = st.columns([3, 2], gap="large")
     with left:
         spectrum(idx)
     with right:
         crowd(idx)
     worth_a_look(idx)
+    with top:
+        health(idx)
     provenance(idx)
     others()
 
