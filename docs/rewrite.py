@@ -14,7 +14,7 @@ from pathlib import Path
 from saekit import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- help: saekit ?(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- help: saekit((?: [\w-]+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def help_text(words: str) -> str:

@@ -5,12 +5,13 @@ variants, read by tyro; nothing here imports torch before a verb runs.
 """
 
 import difflib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from saekit.errors import SaekitError
 
@@ -80,28 +81,27 @@ def _plain_number(option: str, word: str) -> str:
 def _parse(function: Callable, argv: list[str], prog: str):
     import tyro
 
-    return tyro.cli(function, args=argv, prog=prog, description=function.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    summary = (inspect.getdoc(function) or "").split("\n\n")[0]
+    return tyro.cli(function, args=argv, prog=prog, description=summary, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def _positional():
+def _positional(kind, metavar: str):
     import tyro
 
-    return tyro.conf.Positional
+    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
 
 
 def collect(argv: list[str]):
     from saekit.config import CollectOptions
 
-    Positional = _positional()
-
-    def parse(model: Positional[str], *, out: Path, options: CollectOptions):
+    def parse(model: _positional(str, "MODEL"), *, out: Path, collecting: CollectOptions):
         """Runs a language model over text and writes the activations of one or several sites to disk.
 
         Args:
             model: A hub name, a local folder in Hugging Face format, a .gguf file, or saekit:demo.
             out: Folder of the new store.
         """
-        return model, out, options
+        return model, out, collecting
 
     model, out, options = _parse(parse, argv, "saekit collect")
     from saekit.collector import collect as collect_
@@ -132,9 +132,9 @@ def train(argv: list[str]):
         raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], names)}")
     from saekit.config import RunOptions
 
-    Variant, Positional = VARIANTS[argv[0].replace("-", "_")], _positional()
+    Variant = VARIANTS[argv[0].replace("-", "_")]
 
-    def parse(store: Positional[Path], *, out: Path, variant: Variant, run: RunOptions):
+    def parse(store: _positional(Path, "ACTS"), *, out: Path, variant: Variant, run: RunOptions):
         return store, out, variant, run
 
     parse.__doc__ = f"""{(Variant.__doc__ or "").splitlines()[0]}
@@ -155,16 +155,14 @@ def train(argv: list[str]):
 def evaluate(argv: list[str]):
     from saekit.config import EvaluateOptions
 
-    Positional = _positional()
-
-    def parse(sae: Positional[Path], *, options: EvaluateOptions, json: bool = False):
+    def parse(sae: _positional(Path, "SAE"), *, measuring: EvaluateOptions, json: bool = False):
         """Measures an SAE on held-out text.
 
         Args:
             sae: SAE folder.
             json: Print evaluation.json instead of the table.
         """
-        return sae, options, json
+        return sae, measuring, json
 
     sae, options, as_json = _parse(parse, argv, "saekit evaluate")
     from saekit.evaluation import evaluate as evaluate_
@@ -176,15 +174,13 @@ def evaluate(argv: list[str]):
 def index(argv: list[str]):
     from saekit.config import IndexOptions
 
-    Positional = _positional()
-
-    def parse(sae: Positional[Path], *, options: IndexOptions):
+    def parse(sae: _positional(Path, "SAE"), *, indexing: IndexOptions):
         """Encodes a store and writes the feature index: every firing of every feature.
 
         Args:
             sae: SAE folder; the index goes to its sub-folder index/.
         """
-        return sae, options
+        return sae, indexing
 
     sae, options = _parse(parse, argv, "saekit index")
     from saekit.feature_index import build_index
@@ -195,9 +191,7 @@ def index(argv: list[str]):
 
 
 def browse(argv: list[str]):
-    Positional = _positional()
-
-    def parse(path: Positional[Path], *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
+    def parse(path: _positional(Path, "PATH"), *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
         """Opens the features of an SAE, or of a folder of SAEs, in the browser.
 
         Args:
@@ -215,11 +209,9 @@ def browse(argv: list[str]):
 
 
 def feature(argv: list[str]):
-    Positional = _positional()
-
     def parse(
-        sae: Positional[Path],
-        number: Positional[tuple[int, ...]],
+        sae: _positional(Path, "SAE"),
+        number: _positional(tuple[int, ...], "NUMBER"),
         *,
         html: Path | None = None,
         view: Literal["top", "quantiles", "random", "near"] = "top",
@@ -237,6 +229,8 @@ def feature(argv: list[str]):
         return sae, number, html, view, zoom
 
     sae, numbers, html, view, zoom = _parse(parse, argv, "saekit feature")
+    if not numbers:
+        raise SaekitError(f"no feature named; for example  saekit feature {sae} 123")
     from saekit.feature_index import open_index
     from saekit.feature_index.render import page_html
 
@@ -250,9 +244,7 @@ def feature(argv: list[str]):
 
 
 def check(argv: list[str]):
-    Positional = _positional()
-
-    def parse(path: Positional[Path], *, quick: bool = False):
+    def parse(path: _positional(Path, "PATH"), *, quick: bool = False):
         """Checks a store, an SAE folder or an index against its own manifest: sizes, checksums, shapes, values.
 
         Args:

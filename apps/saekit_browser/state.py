@@ -147,6 +147,16 @@ def digest(*parts) -> str:
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def clicked(event, quiet: str) -> int | None:
+    """Row of the selected cell of a table, None if there is none or if it lies in column `quiet`, the table's first.
+
+    A table that gets the focus selects its first cell by itself, by Tab and sometimes by a click on a header; that must not
+    open anything. With the keyboard: down to a row, then right.
+    """
+    cells = event.selection.cells
+    return cells[0][0] if cells and cells[0][1] != quiet else None
+
+
 def follow(page: str, **parameters: str):
     """Opens a page the way a click on a link does.
 
@@ -289,6 +299,15 @@ def leave(page: str):
     st.session_state[f"written-{page}"] = wanted
 
 
+def say_if_missing(last: int):
+    """A feature number in the address that this SAE does not have."""
+    asked = st.query_params.get("feature")
+    number = None if asked is None else _number([asked])
+    if asked is not None and (number is None or number > last):
+        shown = asked[:40] if number is None else f"{number:,}"
+        st.warning(literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:")
+
+
 def _in_address(page: str) -> dict[str, list[str]]:
     return {k: st.query_params.get_all(k) for k in CHOICES[page] if k in st.query_params}
 
@@ -376,7 +395,7 @@ def _hits(_idx: FeatureIndex, fingerprint: str, age: int, query: str) -> dict:
 
 
 def search(idx: FeatureIndex, query: str):
-    """`/regex/` on token strings, `like:123` by decoder direction, a number, else text in labels, tokens and corpus."""
+    """`/regex/` on token strings, `like:123` by decoder direction, else text in labels, tokens and corpus."""
     if len(query) > 2 and query.startswith("/") and query.endswith("/"):
         return idx.search(regex=query[1:-1], limit=SEARCH_LIMIT)
     if match := re.fullmatch(r"like:\s*([\d,]{1,12})", query):

@@ -4,21 +4,29 @@
     index.feature(123)                 # draws itself in a notebook
     print(index.feature(123))          # in a terminal
 
-build.py is a consumer of `encode_store`, reader.py is `FeatureIndex`, render.py turns what the reader returns into HTML
-or text, labels.py keeps what people write about features.
+Each file imports only from those above it:
+
+    format.py                               names, sizes and stored values both sides agree on
+    labels.py                               what people write about features
+    render.py                               what the reader returns, as HTML or text
+    vocabulary.py, geometry.py, tables.py   what the builder writes: bytes of tokens, weights, everything per feature
+    feature.py, table.py                    one feature; many as rows
+    search.py, encoded.py                   finding features; those of a text that was typed
+    reader.py                               `open_index` and `FeatureIndex`
+    build.py                                `IndexBuilder`, a consumer of `encode_store`, and `build_index`
 """
 
 from importlib import import_module
 
 _HOME = {
-    "Feature": "reader",
+    "Feature": "feature",
     "FeatureIndex": "reader",
     "open_index": "reader",
     "Labels": "labels",
     "IndexBuilder": "build",
     "build_index": "build",
-    "VocabBytes": "build",
-    "vocab_bytes": "build",
+    "VocabBytes": "vocabulary",
+    "vocab_bytes": "vocabulary",
 }
 __all__ = [
     "Feature",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from saekit_kernels import Codes
 
-from saekit.feature_index.build import IndexBuilder, VocabBytes
+from saekit.feature_index.build import IndexBuilder
+from saekit.feature_index.vocabulary import VocabBytes
 from saekit.store.format import TokenTable
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from saekit.errors import SaekitError
-from saekit.feature_index import build, open_index
-from saekit.feature_index.build import IndexBuilder, exponent_of, logit_weights, quantise, vocab_bytes
+from saekit.feature_index import build, geometry, open_index, tables
+from saekit.feature_index.build import IndexBuilder
+from saekit.feature_index.format import exponent_of, quantise
+from saekit.feature_index.geometry import logit_weights
+from saekit.feature_index.vocabulary import vocab_bytes
 
 ABSENT = 0xFFFFFFFF
 
@@ -220,8 +223,9 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     many = make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "b", ram=128, chunk=101, flat=False)
     assert len(many.builder._buckets(10)) > 20
     assert files_of(many) == expected
-    monkeypatch.setattr(build, "BLOCK_FIRINGS", 64)
-    monkeypatch.setattr(build, "BLOCK_FEATURES", 7)
+    for module in (build, tables):
+        monkeypatch.setattr(module, "BLOCK_FIRINGS", 64)
+    monkeypatch.setattr(tables, "BLOCK_FEATURES", 7)
     assert files_of(make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "c", ram=4096)) == expected
 
 
@@ -258,7 +262,7 @@ def test_smallest(make_index, monkeypatch, N, F, fires):
     if fires:
         dense_NF[0, F - 1] = 2.5
     # 70,000 rows are here for their 32-bit numbers, not for all pairs of them
-    monkeypatch.setattr(build, "NEIGHBOUR_FLOPS", 1e6)
+    monkeypatch.setattr(geometry, "NEIGHBOUR_FLOPS", 1e6)
     idx = make_index(dense_NF, D=2).index
     assert (idx.manifest["Z"], len(idx)) == (int(fires), F)
     f = idx.feature(F - 1)

@@ -111,6 +111,8 @@ def test_windows_never_cross_a_sequence(small):
     assert example.codes.tolist() == [0, 3, 4, 0, 0, 0, 0, 0, 5, 0]
     assert example.text == "<s> a a b=x=x c b a12" and example.special.tolist() == [True] + [False] * 9
     assert example.encoded.tolist() == [False] + [True] * 9
+    # where it begins and where in the window the firing stands differ: 10 and 1
+    assert example.position == 11 and type(example.position) is int
     inner = small.window(14, 2, 1)
     assert inner.positions.tolist() == [12, 13, 14, 15] and not inner.at_start and not inner.at_end
     assert small.text(3, 1, 1) == " b c12"
@@ -121,9 +123,9 @@ def test_windows_never_cross_a_sequence(small):
 
 def test_random_is_spread_and_repeatable(make_index):
     idx = make_index(np.ones((1000, 1), np.float32)).index
-    drawn = [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=3)]
-    assert drawn == [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=3)]
-    assert drawn != [int(e.positions[e.centre]) for e in idx.feature(0).random(20, seed=4)]
+    drawn = [e.position for e in idx.feature(0).random(20, seed=3)]
+    assert drawn == [e.position for e in idx.feature(0).random(20, seed=3)]
+    assert drawn != [e.position for e in idx.feature(0).random(20, seed=4)]
     # one in each twentieth of the firings
     assert [p // 50 for p in drawn] == list(range(20))
     assert len(idx.feature(0).random(2000)) == 1000
@@ -136,11 +138,11 @@ def test_near_misses(make_index):
     dense_NF[[0, 4, 100, 104], 0] = 1
     dense_NF[::2, 1] = 1
     idx = make_index(dense_NF, lengths=[100, 100, 100], token_N=token_N, unencoded=[2]).index
-    at = [int(e.positions[e.centre]) for e in idx.feature(0).near_misses(16)]
+    at = [e.position for e in idx.feature(0).near_misses(16)]
     assert len(set(at)) == 16 and all(token_N[p] == 1 and p not in (0, 2, 4, 100, 104) for p in at)
     # its own sequences come first, and there is enough room in them
     assert max(at) < 200
-    both = [int(e.positions[e.centre]) for e in idx.feature(0).near_misses(145)]
+    both = [e.position for e in idx.feature(0).near_misses(145)]
     assert sorted(both) == [p for p in range(0, 300, 2) if p not in (0, 2, 4, 100, 104)]
     assert all(p < 200 for p in both[:95]) and all(p >= 200 for p in both[95:])
     assert idx.feature(1).near_misses() == [], "a dense feature has none"
@@ -179,6 +181,16 @@ def test_table_filters_and_sorts(small):
     row = next(iter(table))
     assert (row["n"], row["density"], row["top_text"], row["label"]) == (7, 7 / 18, " b", "")
     assert row["bar"] == [0.0] * 15 + [1.0]
+    assert table["n"].tolist() == [7, 5, 1, 0] and table["top_text"] == [" b", " a", " c", ""]
+    # a column that is not among the table's own
+    assert "feature" not in small.table(columns=["n"]).names and small.table(sort="n")["feature"].tolist() == [
+        3,
+        2,
+        0,
+        1,
+    ]
+    with pytest.raises(SaekitError, match="no column densty; nearest: density"):
+        table["densty"]
     assert small.table(alive=False).features.tolist() == [3]
     assert small.table(sort="n", n=(1, 5)).features.tolist() == [2, 0]
     assert small.table(sort="feature", density=(0.06, None)).features.tolist() == [0, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saekit.feature_index import render
-from saekit.feature_index.reader import Histogram
+from saekit.feature_index.feature import Histogram
 
 ELEMENTS = {
     "style",

@@ -13,15 +13,11 @@ from saekit.errors import SaekitError
 from saekit.feature_index import render
 
 NEIGHBOURS = {"decoder": ("Nearest", "cosine of decoder rows"), "together": ("Together", "NPMI"), "encoder": ("Encoder", "cosine of encoder rows")}  # fmt: skip
-KEYS = """
-| | | | |
-|-|-|-|-|
-| **J** **K** | next, previous in the list | **1** **2** **3** | stacked, snippet, full |
-| **Shift+J** **Shift+K** | ten on, ten back | **V** | next view |
-| **N** | random feature | **S** | sign |
-| **U** | next without a label | **L** **B** | edit label, bookmark |
-| **P** | this feature on a text | **H** | these keys |
-"""
+KEYS = (
+    ("J, K", "next, previous in the list"), ("Shift+J, Shift+K", "ten on, ten back"), ("N", "random feature"),
+    ("U", "next without a label"), ("L", "write the label; Enter saves"), ("B", "bookmark"), ("1, 2, 3", "stacked, snippet, full"),
+    ("V", "next kind of examples"), ("S", "both signs, +, −"), ("P", "this feature on a text"), ("H", "these keys"),
+)  # fmt: skip
 
 
 @state.shown
@@ -29,13 +25,7 @@ def page():
     idx = state.index()
     last = len(idx) - 1
     state.restore_list()
-    asked = st.query_params.get("feature", "0")
-    number = int(asked) if asked.isascii() and asked.isdecimal() else None
-    if number is None or number > last:
-        shown = asked[:40] if number is None else f"{number:,}"
-        st.warning(
-            state.literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:"
-        )
+    state.say_if_missing(last)
     state.enter("feature")
     # another SAE may have fewer features, and page Prompt may have none chosen
     if not 0 <= (st.session_state.feature or 0) <= last or st.session_state.feature is None:
@@ -157,10 +147,10 @@ def more(idx, number: int):
         show_keys()
 
 
-@st.dialog("Keys", width="medium")
+@st.dialog("Keys")
 def show_keys():
-    st.markdown(KEYS)
-    st.caption("Keys rest while a text field has the focus.")
+    rows = "".join(f'<tr><td>{key}</td><td style="text-align:left">{does}</td></tr>' for key, does in KEYS)
+    st.html(render.fragment(f'<table>{rows}</table><p class="q">Keys rest while a text field has the focus.</p>'))
 
 
 def link(number: int) -> str:
@@ -284,13 +274,21 @@ def neighbours(idx, number: int):
             features = [x.feature for x in rows]
             key = f"near-{kind}-{number}"
             st.dataframe(
-                pd.DataFrame({"feature": features, "value": [x.value for x in rows], "text": named(idx, rows)}),
+                pd.DataFrame(
+                    {
+                        "rank": range(1, len(rows) + 1),
+                        "feature": features,
+                        "value": [x.value for x in rows],
+                        "text": named(idx, rows),
+                    }
+                ),
                 hide_index=True,
                 height="content",
                 key=key,
                 on_select=partial(open_near, key, features),
                 selection_mode="single-cell",
                 column_config={
+                    "rank": st.column_config.NumberColumn("", width=28),
                     "feature": st.column_config.NumberColumn("Feature", format="%d", width=64),
                     "value": st.column_config.NumberColumn(NEIGHBOURS[kind][1].split()[0], format="%.2f", width=58),
                     "text": st.column_config.TextColumn("Label or top token"),
@@ -300,8 +298,8 @@ def neighbours(idx, number: int):
 
 
 def open_near(key: str, features: list[int]):
-    if cells := st.session_state[key].selection.cells:
-        st.session_state.feature = features[cells[0][0]]
+    if (row := state.clicked(st.session_state[key], "rank")) is not None:
+        st.session_state.feature = features[row]
 
 
 def named(idx, rows) -> list[str]:

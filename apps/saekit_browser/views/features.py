@@ -3,7 +3,7 @@
 import streamlit as st
 from saekit_browser import state
 
-from saekit.feature_index.reader import FeatureTable
+from saekit.feature_index.table import FeatureTable
 
 # Streamlit loads longer tables piecewise, and such tables can neither be searched nor clicked
 MOST_ROWS = 20_000
@@ -61,10 +61,15 @@ def rows(idx):
     table = FeatureTable(idx, few, columns(idx), idx.labels.all())
     with st.container(horizontal=True, vertical_alignment="center"):
         cut = f"; the first {MOST_ROWS:,} are shown" if len(few) < len(features) else ""
-        st.caption(f"{len(features):,} of {len(idx):,} features{cut}. Click a row to open it.", width="content")
+        st.caption(
+            f"{len(features):,} of {len(idx):,} features{cut}. Click a row to open it; by keyboard, down to it and right.",
+            width="content",
+        )
         st.download_button(
             "Save as CSV",
-            lambda: FeatureTable(idx, features, (*columns(idx)[:-1], "flags_text"), idx.labels.all()).to_csv(),
+            lambda: FeatureTable(
+                idx, features, tuple(c for c in columns(idx) if c != "bar"), idx.labels.all()
+            ).to_csv(),
             file_name=f"{idx.name}-features.csv",
             mime="text/csv",
             icon=":material/download:",
@@ -74,15 +79,16 @@ def rows(idx):
         st.info("No feature passes these filters.", icon=":material/filter_alt_off:")
         return
     frame = table.to_pandas()
+    frame["bookmarked"] = ["★" if marked else "" for marked in frame["bookmarked"]]
     if idx.signed:
         n_pos = idx.column("n_pos")[few] / idx.column("n")[few].clip(min=1)
-        frame.insert(frame.columns.get_loc("n") + 1, "positive", n_pos)
+        frame.insert(list(frame.columns).index("n") + 1, "positive", n_pos)
     frame["density"] *= 100
     frame["energy"] *= 100
     if hits:
         found = [hits[j] for j in few.tolist()]
-        frame.insert(2, "found", [h.where for h in found])
-        frame.insert(3, "match", [h.score for h in found])
+        frame.insert(3, "found", [h.where for h in found])
+        frame.insert(4, "match", [h.score for h in found])
     event = st.dataframe(
         frame,
         hide_index=True,
@@ -95,16 +101,15 @@ def rows(idx):
         selection_mode="single-cell",
         alt="Table of features; each row opens the feature",
     )
-    if event.selection.cells:
-        number = few[event.selection.cells[0][0]]
+    if (row := state.clicked(event, "bookmarked")) is not None:
         listing = state.link("features")
-        state.follow(state.FEATURE, feature=str(number), **({"list": listing} if listing else {}))
+        state.follow(state.FEATURE, feature=str(few[row]), **({"list": listing} if listing else {}))
 
 
 def columns(idx) -> tuple[str, ...]:
     logits = ("up", "down") if idx.has_logits else ()
     return (
-        "feature", "label", "density", "n", "bar", "top_text", "top_token_share", *logits,
+        "bookmarked", "feature", "label", "density", "n", "bar", "top_text", "top_token_share", *logits,
         "token_entropy", "energy", "max_dec_cos", "flags_text",
     )  # fmt: skip
 
@@ -112,6 +117,7 @@ def columns(idx) -> tuple[str, ...]:
 def configuration() -> dict:
     c = st.column_config
     return {
+        "bookmarked": c.TextColumn("★", width=34, pinned=True, help="Bookmarked"),
         "feature": c.NumberColumn("Feature", format="%d", pinned=True, width=80),
         "label": c.TextColumn("Label", width="medium"),
         "found": c.TextColumn("Found in", width="small"),

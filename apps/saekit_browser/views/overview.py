@@ -20,7 +20,7 @@ EDGES = np.array([float(f"{10.0**e:.3g}") for e in np.arange(-7, 0.01, 0.125)])
 def page():
     folder = state.chosen()
     if folder.problem:
-        st.title(folder.name, anchor=False)
+        st.title(state.literal(folder.name), anchor=False)
         st.error(state.literal(folder.problem), icon=":material/error:")
         others()
         return

@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 from saekit_browser import state
+from streamlit.components.v2 import component
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
-from saekit.feature_index.reader import FLAGS, EncodedText
+from saekit.feature_index.encoded import EncodedText
+from saekit.feature_index.format import FLAGS
 
 TEXT_CHARACTERS = 20_000
 ROWS = 16
@@ -51,13 +53,14 @@ span:focus-visible { outline: 2px solid var(--st-primary-color); }
 
 @st.cache_resource(show_spinner=False)
 def token_view():
-    return st.components.v2.component("saekit.tokens", html='<div id="tokens"></div>', css=TOKENS_CSS, js=TOKENS_JS)
+    return component("saekit.tokens", html='<div id="tokens"></div>', css=TOKENS_CSS, js=TOKENS_JS)
 
 
 @state.shown
 def page():
     idx = state.index()
     st.title("Prompt", anchor=False)
+    state.say_if_missing(len(idx) - 1)
     state.enter("prompt")
     if (st.session_state.feature or 0) >= len(idx):
         st.session_state.feature = None
@@ -281,6 +284,7 @@ def ranking(idx, text: EncodedText):
     features = [j for j, _ in rows]
     frame = pd.DataFrame(
         {
+            "rank": range(1, len(rows) + 1),
             "feature": features,
             "code": [v for _, v in rows],
             "of max": [abs(v) / max(idx.feature(j).max, abs(v), 1e-30) for j, v in rows],
@@ -296,6 +300,7 @@ def ranking(idx, text: EncodedText):
         on_select=lambda: pick(key, features),
         selection_mode="single-cell",
         column_config={
+            "rank": st.column_config.NumberColumn("", width=28),
             "feature": st.column_config.NumberColumn("Feature", format="%d", width=70),
             "code": st.column_config.NumberColumn("Code", format="%.2f", width=60),
             "of max": st.column_config.ProgressColumn(
@@ -308,8 +313,8 @@ def ranking(idx, text: EncodedText):
 
 
 def pick(key: str, features: list[int]):
-    if cells := st.session_state[key].selection.cells:
-        st.session_state.feature = features[cells[0][0]]
+    if (row := state.clicked(st.session_state[key], "rank")) is not None:
+        st.session_state.feature = features[row]
 
 
 def small_multiples(idx, text: EncodedText):
@@ -324,7 +329,7 @@ def small_multiples(idx, text: EncodedText):
         at = int(np.abs(codes).argmax())
         lo, hi = (0, len(text)) if len(text) <= 60 else (max(0, at - 40), min(len(text), at + 20))
         line = render.tokens_html(
-            text.pieces[lo:hi], codes[lo:hi], max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi], encoded=text.encoded[lo:hi]
+            text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist()
         )  # fmt: skip
         lines.append(
             f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(about(idx, j))}</p></div></div>'
