@@ -58,7 +58,7 @@ class Progress:
         seconds = time.monotonic() - self.start
         share = min(1.0, self.done / self.total) if self.total else 1.0
         filled = round(share * WIDTH)
-        parts = [f"{self.name:<9}{'█' * filled}{'░' * (WIDTH - filled)} {self.done:,} of {self.total:,} {self.unit}"]
+        parts = [f"{self.name:<10} {'█' * filled}{'░' * (WIDTH - filled)} {self.done:,} of {self.total:,} {self.unit}"]
         if self.note:
             parts.append(self.note)
         if self.rate and seconds > 0:

@@ -170,7 +170,9 @@ def labels(index) -> tuple[list[str], np.ndarray]:
         )
     ]
     stored = index.file("tokens")
-    docs = np.repeat(stored["run_doc"], np.diff(np.append(stored["run_start"], index.n_tokens))).tolist()
+    # a run goes on to the next one; what stands before the first is a BOS of no document
+    ends = np.append(stored["run_start"], index.n_tokens)
+    docs = np.repeat(np.append(-1, stored["run_doc"]), np.diff(np.append(0, ends))).tolist()
     for doc, token in zip(docs, stored["token"].tolist(), strict=True):
         raw = vocab[token]
         pieces[doc].append(raw)

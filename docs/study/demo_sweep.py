@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import saekit as sk
-from saekit.demo.flow import EPOCHS, MODEL, SITE, TEXT, TOKENS
+from saekit.demo.flow import LM_TOKENS, MODEL, SITE, TEXT, TOKENS
 
 ARMS = [
     *({"k": k} for k in (8, 16, 32, 64)),
@@ -37,8 +37,8 @@ def main():
         if not (folder / "evaluation.json").is_file():
             start = time.monotonic()
             sae = sk.SAE.load(folder) if (folder / "config.json").is_file() else None
-            sae = sae or sk.train(sk.TopK(**arm), store, out=folder, epochs=EPOCHS)
-            sk.evaluate(sae, store)
+            sae = sae or sk.train(sk.TopK(**arm), store, out=folder)
+            sk.evaluate(sae, store, lm_tokens=LM_TOKENS)
             (folder / "seconds").write_text(f"{time.monotonic() - start:.0f}")
         m = {k: v["value"] for k, v in sk.evaluation.load_evaluation(folder).metrics().items()}
         lr = json.loads((folder / "config.json").read_text())["provenance"]["training"]["lr"]

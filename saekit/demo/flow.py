@@ -16,9 +16,10 @@ from saekit.progress import duration
 MODEL = "saekit:demo"
 SITE = "blocks.2.hook_resid_post"
 TEXT = "stdlib"
-TOKENS = 1_500_000
-EPOCHS = 2
+TOKENS = 2_200_000
 K = 32
+INDEX_TOKENS = 1_000_000
+LM_TOKENS = 50_000
 
 
 def run_demo(out: Path, say: Callable[[str], None] = print):
@@ -44,13 +45,13 @@ def run_demo(out: Path, say: Callable[[str], None] = print):
     ):
         sk.collect(MODEL, site=SITE, text=TEXT, tokens=TOKENS, out=acts)
     store = sk.open_store(acts)
-    if stage(f"saekit train topk {acts} --k {K} --epochs {EPOCHS} --out {folder}", (folder / "config.json").is_file()):
-        sk.train(sk.TopK(k=K), store, out=folder, epochs=EPOCHS)
+    if stage(f"saekit train topk {acts} --k {K} --out {folder}", (folder / "config.json").is_file()):
+        sk.train(sk.TopK(k=K), store, out=folder)
     sae = sk.SAE.load(folder)
-    if stage(f"saekit index {folder}", (folder / "index" / "manifest.json").is_file()):
-        sk.build_index(sae, store)
-    if stage(f"saekit evaluate {folder}", (folder / "evaluation.json").is_file()):
-        sk.evaluate(sae, store)
+    if stage(f"saekit index {folder} --tokens {INDEX_TOKENS}", (folder / "index" / "manifest.json").is_file()):
+        sk.build_index(sae, store, tokens=INDEX_TOKENS)
+    if stage(f"saekit evaluate {folder} --lm-tokens {LM_TOKENS}", (folder / "evaluation.json").is_file()):
+        sk.evaluate(sae, store, lm_tokens=LM_TOKENS)
     evaluation = load_evaluation(folder)
     say(f"\n{evaluation.health()}.")
     for warning in evaluation.warnings():
