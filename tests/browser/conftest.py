@@ -4,11 +4,13 @@ T tokens · F features · D width · V vocabulary · N firings
 """
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from driving import CHROMIUM
 
 SITE = "blocks.0.hook_resid_post"
 CONTEXT = 128
@@ -224,3 +226,17 @@ def saes(tmp_path_factory, language_model):
     make_sae(root / "plain", language_model)
     make_sae(root / "signed", language_model, tokens=6_000, signed=True, by_token=False, logits=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One context for all tests, so that Streamlit's scripts are fetched once; each page is a session of its own."""
+    if CHROMIUM is None:
+        assert "SAEKIT_REQUIRE_BROWSER" not in os.environ, "no Chromium here, and this run must have one"
+        pytest.skip("no Chromium at /usr/bin/chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser.new_context()
+        browser.close()
