@@ -5,7 +5,8 @@
 1. Rebuild each document from its tokens, with the byte offset of each token.
 2. Label bytes by Python's own `tokenize`: comments, docstrings, names after `def`, attributes of `self`, …
 3. For each feature, the share of its 50 strongest firings (repeats of a context left out, as in the index) whose token fits
-   each description, beside the share of all tokens that fit it. A description gets the feature that fits best.
+   each description, beside the share of all tokens that fit it. A description gets the feature that fits best; among equals
+   the one whose 50 firings are on the most different tokens, since a feature of one token needs no context.
 """
 
 import io
@@ -200,26 +201,29 @@ def main():
     find_store(sae, None)
     index = sk.open_index(sys.argv[1])
     names, fits = labels(index)
-    base = fits.mean(1)
+    base, token = fits.mean(1), index.file("tokens")["token"]
     found = []
     for f in range(len(index)):
         feature = index.feature(f)
         if feature.n < TOP:
             continue
-        tops = np.array([e.positions[e.centre] for e in feature.top(TOP)])
+        tops = np.array([e.position for e in feature.top(TOP)])
         if len(tops) < TOP:
             continue
         share = fits[:, tops].mean(1)
         covered = fits[:, np.asarray(feature.positions)].mean(1)
-        found += [(names[d], share[d], covered[d], base[d], f, feature.n) for d in np.flatnonzero(share >= 0.8)]
+        kinds = len(np.unique(token[tops]))
+        found += [(names[d], share[d], kinds, covered[d], base[d], f, feature.n) for d in np.flatnonzero(share >= 0.8)]
     best = {}
-    for row in sorted(found, key=lambda r: (-r[1], -r[2])):
+    for row in sorted(found, key=lambda r: (-r[1], -r[2], -r[3])):
         best.setdefault(row[0], row)
     print(
-        "| feature | what it is | top 50 that fit | all firings that fit | all tokens that fit |\n|---|---|---|---|---|"
+        "| feature | what it is | top 50 that fit | different tokens among them | all firings that fit | all tokens that fit |\n"
+        + "|---" * 6
+        + "|"
     )
-    for name, share, covered, rate, f, n in sorted(best.values(), key=lambda r: (-r[1], r[3])):
-        print(f"| {f} | {name} | {share:.0%} | {covered:.0%} of {n:,} | {rate:.1%} |")
+    for name, share, kinds, covered, rate, f, n in sorted(best.values(), key=lambda r: (-r[1], r[4])):
+        print(f"| {f} | {name} | {share:.0%} | {kinds} | {covered:.0%} of {n:,} | {rate:.1%} |")
 
 
 if __name__ == "__main__":
