@@ -1,3 +1,5 @@
+# tyro reads annotations at run time, and importing it waits until a verb is parsed:
+# pyright: reportInvalidTypeForm=false
 """The command line: one short function per verb; the only place that prints, or turns an error into one line.
 
 Exit codes: 0 done, 2 one line of SaekitError, 130 Ctrl-C, 143 SIGTERM. Options are the dataclasses of config.py and of the

@@ -56,6 +56,7 @@ class Run:
         D = store.d(self.site)
         F = variant.d_sae or 16 * D
         variant.check(F)
+        self.d_sae = F
         self.variant = dataclasses.replace(variant, d_sae=F)
         rows = len(store.valid_rows([self.site], split=options.split, outliers=options.outliers))
         wanted = options.tokens if options.tokens is not None else options.epochs * rows
@@ -76,7 +77,7 @@ class Run:
 
     def plan(self) -> str:
         """What will be done, said before it starts."""
-        D, F = self.store.d(self.site), self.variant.d_sae
+        D, F = self.store.d(self.site), self.d_sae
         parameters = 2 * F * D + F + D
         return (
             f"{self.variant.name} on {self.site}: {F:,} features of width {D}, {parameters:,} parameters "
@@ -295,7 +296,7 @@ def resolve_site(store: Store, site: str | None) -> str:
     if site is None:
         if len(store.sites) > 1:
             raise SaekitError(f"{store.path} holds {len(store.sites)} sites: {', '.join(store.sites)}; pass --site")
-        return store.sites[0]
+        return next(iter(store.sites))
     if site not in store.sites:
         raise SaekitError(f"no site {site} in {store.path}; it holds {', '.join(store.sites)}")
     return site
@@ -373,9 +374,15 @@ class Stop:
         self.signal = number
 
     def leave(self, message: str):
-        """KeyboardInterrupt for Ctrl-C, SystemExit(143) for SIGTERM, with the message."""
+        """KeyboardInterrupt for Ctrl-C, Terminated for SIGTERM, with the message."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt(message)
-        error = SystemExit(143)
-        error.message = message
-        raise error
+        raise Terminated(message)
+
+
+class Terminated(SystemExit):
+    """SIGTERM after the saving: exit code 143, with what the command line says."""
+
+    def __init__(self, message: str):
+        super().__init__(143)
+        self.message = message

@@ -208,8 +208,9 @@ class Trainer:
         g_b_dec = residual_BD.sum(0) * slope
 
         extra = None
-        if getattr(self.variant, "aux", 0) and len(self.dead_ids):
-            named["aux"], extra = self._aux(x_BD, residual_BD)
+        weight = getattr(self.variant, "aux", 0.0)
+        if weight and len(self.dead_ids):
+            named["aux"], extra = self._aux(x_BD, residual_BD, weight)
 
         gW_dec, gW_enc, gb_enc, row_sq_F = segment_weight_grads(
             csc,
@@ -253,11 +254,11 @@ class Trainer:
         if self.step_count % REBUILD_EVERY == 0:
             self.dead_ids = (self.idle_F >= self.dead_after).nonzero().squeeze(1)
 
-    def _aux(self, x_BD: Tensor, residual_BD: Tensor):
+    def _aux(self, x_BD: Tensor, residual_BD: Tensor, weight: float):
         """AuxK on copies of the dead rows: its loss, and its gradients on these rows."""
         ids = self.dead_ids
         W_enc, W_dec, b_enc = (p[ids].requires_grad_() for p in (self.W_enc, self.W_dec, self.b_enc))
-        k_aux = min(self.variant.k_aux or self.d_model // 2, len(ids))
+        k_aux = min(getattr(self.variant, "k_aux", None) or self.d_model // 2, len(ids))
         with torch.enable_grad():
             y_BD = aux_decode(
                 x_BD,
@@ -270,11 +271,12 @@ class Trainer:
                 key=self.variant.key,
                 off_A=self.idle_F[ids] < self.dead_after,
             )
-            loss = self.variant.aux * losses.auxk(residual_BD, y_BD)
+            loss = weight * losses.auxk(residual_BD, y_BD)
         g_enc, g_dec, g_bias = torch.autograd.grad(loss, (W_enc, W_dec, b_enc))
         return loss.detach(), ExtraRows(ids, g_dec, g_enc, g_bias)
 
     def _adam(self, gradients: dict[str, Tensor]):
+        assert self.lr is not None, "step() fixes it before the first update"
         lr = self.lr * optim.lr_scale(self.step_count, self.steps)
         for name, w in self.parameters().items():
             m, v = self.moments[name]

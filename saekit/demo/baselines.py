@@ -19,7 +19,7 @@ def kneser_ney_nats(train: np.ndarray, held: np.ndarray, order: int = 5) -> floa
     """Mean −log p of the tokens of `held`, each given the up to `order` − 1 tokens before it in `held`."""
     train, held = train.astype(np.int64), held.astype(np.int64)
     p = np.full(len(held), 1.0 / 2**BITS)
-    grams = [None] * (order + 1)
+    grams: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     grams[order] = np.unique(_windows(train, order), return_counts=True)
     for n in range(order - 1, 0, -1):  # lower orders count in how many contexts a gram was seen, not how often
         grams[n] = np.unique(grams[n + 1][0] & ((1 << BITS * n) - 1), return_counts=True)

@@ -109,7 +109,6 @@ def build_model(args, vocabulary: int) -> LlamaForCausalLM:
             initializer_range=0.02,
             bos_token_id=0,
             eos_token_id=1,
-            attn_implementation="sdpa",
         )
     )
 
@@ -136,7 +135,8 @@ def nats_per_token(model, stream: np.ndarray, batch: int = 32) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path):
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config)
+    half = half.bfloat16()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,152 +1,17 @@
-"""Evaluation: one file per tier, on held-out text, every number with its definition, sample and interval."""
+"""Evaluation: one file per tier, on held-out text, every number with its definition, sample and interval.
 
-import time
+runner.py decides what is measured, reconstruction.py is tier 1, language_model.py tier 2, metrics.py a number with its
+interval, report.py `evaluation.json`.
+"""
 
-import numpy as np
-import torch
+from importlib import import_module
 
-from saekit.config import EvaluateOptions
-from saekit.encoding import encode_store
-from saekit.errors import SaekitError
-from saekit.evaluation.language_model import language_model_metrics, spliced_losses
-from saekit.evaluation.metrics import Metric
-from saekit.evaluation.reconstruction import Reconstruction
-from saekit.evaluation.report import Evaluation, load_evaluation, new_evaluation
-from saekit.provenance import find_model, find_site, find_store
-from saekit.sae import SAE
-from saekit.store.format import write_tensors
-
+_HOME = {"Evaluation": "report", "evaluate": "runner", "load_evaluation": "report"}
 __all__ = ["Evaluation", "evaluate", "load_evaluation"]
 
-FEW_TOKENS = 100_000
 
-
-def evaluate(sae, store=None, **options) -> Evaluation:
-    """Measures an SAE (or its folder) on the held-out sequences of a store; `options` are those of EvaluateOptions.
-
-    An SAE that has a folder gets `evaluation.json` there, each tier as soon as it is done. Raises SaekitError if the SAE
-    does not belong to the store, or if no held-out rows are there (unless `allow_train_tokens`).
-    """
-    options = EvaluateOptions(**options)
-    if not isinstance(sae, SAE):
-        sae = SAE.load(sae)
-    store = find_store(sae, store if store is not None else options.store, force=options.force)
-    site = find_site(sae, store, options.site)
-    unknown = set(options.tiers) - {1, 2}
-    if unknown:
-        raise SaekitError(f"no tier {min(unknown)}; there are 1 (held-out activations) and 2 (language model)")
-    rows, split = _rows(sae, store, site, options)
-    lm = find_model(store, options.model, device=options.device, force=options.force) if 2 in options.tiers else None
-
-    seq_rows = store.seq_rows()
-    sequences = np.unique(np.searchsorted(seq_rows, rows, side="right") - 1)
-    data = {
-        "store": store.fingerprint,
-        "model": store.manifest["model"]["id"],
-        "site": site,
-        "split": split,
-        "tokens": len(rows),
-        "sequences": len(sequences),
-        "skipped": store.n_sequences - len(sequences),
-    }
-    evaluation = new_evaluation(sae.config, data, "fp32", torch.__version__)
-    device = str(sae.W_enc.device)
-    mean_D = torch.from_numpy(store.statistics(site).mean_D.copy())
-    seconds: dict[str, float] = {}
-
-    def keep(tier: str, metrics: dict[str, Metric], warnings: list[str], arrays: dict, start: float):
-        if split == "train":
-            warnings = ["measured on rows the SAE was trained on", *warnings]
-        evaluation.content["tiers"][tier] = {
-            "device": device,
-            "seed": options.seed,
-            "metrics": {k: m.to_dict() for k, m in metrics.items()},
-            "arrays": arrays,
-            "warnings": warnings,
-        }
-        seconds[tier] = round(time.monotonic() - start, 2)
-        if sae.path:
-            evaluation.save(sae.path, {tier: seconds[tier]})
-
-    if 1 in options.tiers:
-        start = time.monotonic()
-        tier1 = Reconstruction(sae, mean_D, sequences, options.seed)
-        encode_store(sae, store, site, [tier1], rows=rows, name="evaluate")
-        metrics = tier1.metrics()
-        _count_in_index(sae, metrics)
-        keep("1", metrics, _warnings_1(sae, metrics, len(rows)), _save_density(sae, tier1), start)
-    if lm is not None:
-        start = time.monotonic()
-        few = _first_tokens(store, sequences, options.lm_tokens)
-        metrics = language_model_metrics(spliced_losses(sae, store, lm, site, few, mean_D), options.seed)
-        warnings = []
-        if (metrics["ce_recovered_zero"].value or 0) < 0:
-            warnings.append("recovered < 0: the model does worse with the reconstruction than with zeros")
-        keep("2", metrics, warnings, {}, start)
-    return evaluation
-
-
-def _rows(sae: SAE, store, site: str, options: EvaluateOptions) -> tuple[np.ndarray, str]:
-    """Held-out rows of the store, all of them if the SAE never saw it; at most `tokens`, in whole sequences."""
-    provenance = sae.config.get("provenance") or {}
-    own = provenance.get("store") == store.fingerprint
-    trained_on_all = own and provenance.get("split") == "all"
-    rows, split = store.valid_rows([site], split="heldout" if own else "all"), "heldout"
-    if not len(rows) or trained_on_all:
-        if not options.allow_train_tokens:
-            why = "its run read the held-out rows too" if trained_on_all else "it is a single sequence"
-            raise SaekitError(
-                f"{store.path} has no row that the SAE was not trained on ({why}); pass another --store, or --allow-train-tokens"
-            )
-        rows, split = store.valid_rows([site], split="all"), "train"
-    return rows[: options.tokens], split
-
-
-def _first_tokens(store, sequences: np.ndarray, tokens: int) -> np.ndarray:
-    """The first of `sequences` that hold `tokens` tokens together, at least one."""
-    lengths = np.diff(store.table.seq_start)[sequences]
-    return sequences[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))]
-
-
-def _count_in_index(sae: SAE, metrics: dict[str, Metric]):
-    """Silent features are counted over all tokens of the index where there is one: density needs no held-out text."""
-    from saekit.feature_index import open_index
-
-    if sae.path is None or not (sae.path / "index" / "manifest.json").is_file():
-        return
-    index = open_index(sae.path)
-    n = int(index.manifest["E"])
-    silent = int((np.asarray(index.column("n")) == 0).sum())
-    F = sae.d_sae
-    metrics["alive"] = Metric(
-        1 - silent / F, "share", "higher", n, "alive/1", note=f"of {F:,} features, in the {n:,} tokens of the index"
-    )
-    metrics["dead_at"] = Metric(
-        float(silent),
-        "features",
-        "lower",
-        n,
-        "dead_at/1",
-        note=f"without a firing in the {n:,} tokens of the index; density below {3 / n:.1g} (95 %)",
-    )
-
-
-def _warnings_1(sae: SAE, metrics: dict[str, Metric], n: int) -> list[str]:
-    found = []
-    if metrics["fvu"].value >= 1:
-        found.append(f"FVU {metrics['fvu'].value:.2f} is worse than predicting the mean: wrong site or scaling?")
-    k, l0 = sae.config["options"].get("k"), metrics["l0"].value
-    if k and abs(l0 / k - 1) > 0.05:
-        found.append(f"L0 {l0:.1f} is {abs(l0 / k - 1):.0%} {'below' if l0 < k else 'above'} k = {k}")
-    if n < FEW_TOKENS:
-        found.append(f"measured on {n:,} tokens; under {FEW_TOKENS:,} the intervals are wide")
-    return found
-
-
-def _save_density(sae: SAE, tier1: Reconstruction) -> dict:
-    if sae.path is None:
-        return {}
-    edges, counts = tier1.density_histogram()
-    (sae.path / "evaluation").mkdir(exist_ok=True)
-    write_tensors(sae.path / "evaluation" / "density.safetensors", {"edges": edges, "counts": counts.astype(np.int64)})
-    return {"density_hist": "evaluation/density.safetensors"}
+def __getattr__(name: str):
+    # Late, because reading a stored evaluation needs no torch and making one does.
+    if name in _HOME:
+        return getattr(import_module(f"saekit.evaluation.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
