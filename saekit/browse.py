@@ -43,7 +43,7 @@ def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "viewer",
     }
-    # against DNS rebinding: a page of another name that resolves to this address gets no answer
+    # against DNS rebinding: a page of another name that resolves to this address gets no session
     hosts = [("server.allowedHosts", name) for name in dict.fromkeys((host, "127.0.0.1", "localhost"))]
     flags = [word for key, value in [*options.items(), *hosts] for word in (f"--{key}", str(value))]
     rest = [str(path.resolve()), *([] if model else ["--no-model"])]
