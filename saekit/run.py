@@ -8,12 +8,10 @@ from the last checkpoint, with the same result to the bit.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
 import signal
-import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ from saekit.errors import SaekitError
 from saekit.progress import Progress
 from saekit.sae import CONFIG, SAE
 from saekit.store import Store, open_store
-from saekit.store.format import atomic_write, pretty_json
+from saekit.store.format import atomic_write, pretty_json, take_lock
 from saekit.trainer import FIT_ROWS, InputStatistics, Trainer
 from saekit.variants import Variant
 
@@ -326,19 +324,9 @@ def claimed(out: Path):
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / LOCK, "a+")  # noqa: SIM115  (open for as long as the run)
+        handle = take_lock(out / LOCK, out)
     except OSError as error:
         raise SaekitError(f"cannot write to {out}: {error.strerror.lower() if error.strerror else error}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        owner = handle.read().strip() or "another process"
-        handle.close()
-        raise SaekitError(f"{out} is being written by {owner}") from None
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-    handle.flush()
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ Values are float16 times 2^value_exponent. The third step is tables.py; what the
 N token positions, E of them encoded · S sequences · F features · D width · Z non-zero codes · V vocabulary.
 """
 
-import fcntl
 import os
 import shutil
 from hashlib import sha256
@@ -47,7 +46,15 @@ from saekit.feature_index.reader import FeatureIndex, open_index
 from saekit.feature_index.tables import BLOCK_FIRINGS, Tables, flag_bits
 from saekit.feature_index.vocabulary import VocabBytes, vocab_bytes
 from saekit.progress import Progress
-from saekit.store.format import atomic_write, canonical_json, pretty_json, sha256_file, sync_folder, write_tensors
+from saekit.store.format import (
+    atomic_write,
+    canonical_json,
+    pretty_json,
+    sha256_file,
+    sync_folder,
+    take_lock,
+    write_tensors,
+)
 
 EXPONENT_TOKENS = 65_536
 """The value exponent is chosen from so many tokens."""
@@ -158,11 +165,7 @@ class IndexBuilder:
         index, old = self.folder / "index", self.folder / "index.old"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.partial.mkdir(exist_ok=True)
-        self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  held until finish
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SaekitError(f"{self.folder} is being indexed by another process; wait for it, or stop it") from None
+        self._lock = take_lock(self.partial / "lock", self.folder, "indexed")
         if old.is_dir() and not index.is_dir():
             # killed between the two renames of _publish: the older index is the only whole one
             old.rename(index)

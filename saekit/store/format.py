@@ -11,16 +11,18 @@ travels as uint16 with the tag "BF16".
 N tokens in a store · E rows (stored activations) · S sequences · R runs · D model width · n rows of a shard
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 
@@ -109,6 +111,26 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def take_lock(path: Path, folder: Path, doing: str = "written") -> TextIO:
+    """An advisory lock on the file `path`, held until the returned handle is closed or the process ends.
+
+    Raises:
+        SaekitError: another process holds it; the line names that process and says that `folder` is being written.
+    """
+    handle = open(path, "a+")  # noqa: SIM115  (open for as long as the lock)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        handle.close()
+        raise SaekitError(f"{folder} is being {doing} by {owner}; wait for it, or stop it") from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    return handle
 
 
 def sync_folder(path: Path) -> None:
@@ -514,14 +536,10 @@ def size_problem(folder: Path, name: str, expected: int) -> str | None:
     try:
         size = (folder / name).stat().st_size
     except FileNotFoundError:
-        return f"{name} is missing; {_remedy(folder, name)}"
+        return f"{name} is missing; restore it or collect again"
     if size != expected:
-        return f"{name} has {size:,} bytes, manifest says {expected:,}; {_remedy(folder, name)}"
+        return f"{name} has {size:,} bytes, manifest says {expected:,}; restore it or collect again"
     return None
-
-
-def _remedy(folder: Path, name: str) -> str:
-    return f"saekit check {folder} --repair recomputes it" if "/" in name else "restore it or collect again"
 
 
 # Check
@@ -546,7 +564,7 @@ def check(path: str | Path, quick: bool = False) -> list[str]:
         for name, record in files_of(manifest).items():
             problem = size_problem(folder, name, record["bytes"])
             if problem is None and not quick and sha256_file(folder / name) != record["sha256"]:
-                problem = f"{_human_name(name)} is damaged (sha256 differs); {_remedy(folder, name)}"
+                problem = f"{_human_name(name)} is damaged (sha256 differs); restore it or collect again"
             if problem:
                 problems.append(problem)
                 damaged.add(name)
@@ -562,7 +580,7 @@ def check(path: str | Path, quick: bool = False) -> list[str]:
             elif name not in damaged:
                 problem = _shard_problem(folder / name, sites[site], shard["rows"], DTYPES[manifest["dtype"]], quick)
                 if problem:
-                    problems.append(f"{name}: {problem}; {_remedy(folder, name)}")
+                    problems.append(f"{name}: {problem}; restore it or collect again")
                     damaged.add(name)
     if TOKENS not in damaged:
         problems += [f"{TOKENS}: {p}; restore it or collect again" for p in _token_problems(folder, manifest, quick)]

@@ -17,12 +17,10 @@ n rows of a shard · D width of a site
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import shutil
-import socket
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,18 +120,7 @@ class StoreWriter:
             raise SaekitError(f"{out} is not empty and not a store; choose another --out")
 
     def _take_lock(self) -> None:
-        handle = open(self.state / "lock", "a+")  # noqa: SIM115  (open for as long as the writer)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            handle.close()
-            raise SaekitError(f"{self.out} is being written by {owner}") from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        self._lock = handle
+        self._lock = layout.take_lock(self.state / "lock", self.out)
 
     def _begin_or_continue(self) -> None:
         path = self.state / "plan.json"
