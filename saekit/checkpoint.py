@@ -47,8 +47,6 @@ def restore_checkpoint(folder: Path, trainer: Trainer) -> dict:
         state = json.loads((folder / "state.json").read_text())
         tensors = {k: torch.from_numpy(v.copy()) for k, v in map_tensors(folder / "state.safetensors").items()}
         trainer.restore(tensors, state.pop("trainer"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise SaekitError(
-            f"checkpoint {folder} is damaged ({error}); delete it to continue from the one before"
-        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, SaekitError) as error:
+        raise SaekitError(f"checkpoint {folder} is damaged ({error})") from None
     return state

@@ -170,7 +170,12 @@ def evaluate(argv: list[str]):
     from saekit.evaluation import evaluate as evaluate_
 
     evaluation = evaluate_(sae, **vars(options))
-    print((sae / "evaluation.json").read_text(encoding="utf-8") if as_json else evaluation)
+    if as_json:
+        from saekit.store.format import pretty_json
+
+        print(pretty_json(evaluation.content).decode(), end="")
+    else:
+        print(evaluation)
 
 
 def index(argv: list[str]):

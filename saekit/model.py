@@ -27,8 +27,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from saekit_kernels import why_not_bf16
 from torch import Tensor, nn
 
+from saekit.device import resolve_device
 from saekit.errors import SaekitError
 
 DEMO = Path(__file__).parent / "demo" / "model"
@@ -232,7 +234,7 @@ class LanguageModel:
     def _choose_compute(self, asked: str, owned: bool) -> Literal["fp32", "bf16", "bf16-autocast"]:
         """Casts where the model is ours to cast; device and sizes decide, never a timing."""
         stored = next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
-        reason = _no_bf16(self.device)
+        reason = why_not_bf16(self.device.type)
         if asked not in ("auto", "bf16", "fp32"):
             raise SaekitError(f"compute {asked} is not known; choose auto, bf16 or fp32")
         if asked == "bf16" and reason:
@@ -525,7 +527,7 @@ def _load(name: str, device: str, compute: str) -> LanguageModel:
             )
     else:
         folder, gguf = _where(name)
-    target = _device(device)
+    target = resolve_device(device)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -586,28 +588,6 @@ def _load_tokenizer(folder: str | Path, gguf: str | None):
     if isinstance(folder, Path) and gguf is None and not any((folder / f).is_file() for f in files):
         return None
     return transformers.AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SaekitError(f"--device {name}: {_one_line(error)}") from error
-    return device
-
-
-def _no_bf16(device: torch.device) -> str | None:
-    """Why bf16 arithmetic is no use on the device, or None."""
-    if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-            return None
-        return "this processor has no bf16 units (AMX or AVX-512 BF16), which makes it slower than fp32"
-    if device.type == "cuda":
-        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU has no bf16 units"
-    return f"not tried on {device.type}"
 
 
 def _cast(hf: nn.Module, dtype: torch.dtype):

@@ -50,11 +50,16 @@ def _trained_on(sae: "SAE") -> Store:
     raise SaekitError(f"the store of {name}, {recorded['absolute']}, is not there; pass --store")
 
 
+def only_site(store: Store) -> str:
+    """The store's one site; SaekitError with the choice if it holds several."""
+    if len(store.sites) > 1:
+        raise SaekitError(f"{store.path} holds {len(store.sites)} sites: {', '.join(store.sites)}; pass --site")
+    return next(iter(store.sites))
+
+
 def find_site(sae: "SAE", store: Store, site: str | None) -> str:
     """The site asked for, else the SAE's own; SaekitError if the store does not hold it, or another width."""
-    site = site or sae.site or store.sites[0]
-    if site not in store.sites:
-        raise SaekitError(f"{store.path} holds {', '.join(store.sites)}, not {site}")
+    site = site or sae.site or only_site(store)
     if store.d(site) != sae.d_in:
         raise SaekitError(f"SAE expects D = {sae.d_in}, site {site} has {store.d(site)}")
     return site

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from saekit_kernels import explain
 
 import saekit
 from saekit.checkpoint import checkpoints, restore_checkpoint, save_checkpoint
 from saekit.config import RunOptions
 from saekit.errors import SaekitError
 from saekit.progress import Progress
+from saekit.provenance import only_site
 from saekit.sae import CONFIG, SAE
 from saekit.store import Store, open_store
 from saekit.store.format import atomic_write, pretty_json, take_lock
@@ -50,7 +52,7 @@ class Run:
 
     def __init__(self, variant: Variant, store: Store, out: Path, options: RunOptions):
         self.store, self.out, self.options = store, out, options
-        self.site = resolve_site(store, options.site)
+        self.site = only_site(store) if options.site is None else options.site
         D = store.d(self.site)
         F = variant.d_sae or 16 * D
         variant.check(F)
@@ -93,31 +95,37 @@ class Run:
 
     def train(self) -> SAE:
         with claimed(self.out):
-            resume = self._begin()
+            if self._begin():
+                # another number of threads sums in another order: the first start decides
+                first = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+                torch.set_num_threads(first["environment"]["threads"])
             Progress.say(self.plan())
             trainer = Trainer(
                 self.variant,
                 self.store.d(self.site),
                 statistics=self.statistics,
                 tokens=self.steps * self.options.batch,
-                fit_rows=None if resume else self._fit_rows(),
+                fit_rows=self._fit_rows() if self.variant.enc_init == "fit" else None,
                 seed=self.options.seed,
                 device=self.options.device,
                 compute=self.options.compute,
             )
-            Progress.say(f"device {trainer.device} · {trainer.compute} ({trainer.compute_reason})")
+            select = next(c for c in explain(trainer.device.type) if c.op.startswith("encode_select"))
+            Progress.say(
+                f"device {trainer.device} · {trainer.compute} ({trainer.compute_reason}) · kernels: {select.path} ({select.reason})"
+            )
             self._write_run_json(trainer)
-            return self._loop(trainer, resume)
+            return self._loop(trainer)
 
-    def _begin(self) -> Path | None:
-        """The checkpoint to continue from, None for a new run; refuses a folder that is something else."""
+    def _begin(self) -> bool:
+        """Whether an unfinished run continues; refuses a folder that is something else."""
         if (self.out / CONFIG).is_file():
             raise SaekitError(f"{self.out} is a finished run; choose another --out")
         path = self.out / "run.json"
         if not path.is_file():
             if any(p.name != LOCK for p in self.out.iterdir()):
                 raise SaekitError(f"{self.out} is not empty and not a run; choose another --out")
-            return None
+            return False
         first = json.loads(path.read_text())
         now = self._identity()
         for key in now:
@@ -126,8 +134,7 @@ class Run:
                 raise SaekitError(
                     f"{self.out} was begun with {key} {was}, now {now[key]}; use the first options or a new --out"
                 )
-        found = checkpoints(self.out)
-        return found[-1] if found else None
+        return True
 
     def _identity(self) -> dict:
         """Everything that decides the result, flat, so that a refusal can name one field."""
@@ -168,6 +175,7 @@ class Run:
                 "compute": trainer.compute,
                 "compute_reason": trainer.compute_reason,
                 "threads": torch.get_num_threads(),
+                "kernels": {c.op: f"{c.path}: {c.reason}" for c in explain(trainer.device.type)},
             },
         }
         atomic_write(path, pretty_json(run))
@@ -194,14 +202,13 @@ class Run:
             state=state,
         )
 
-    def _loop(self, trainer: Trainer, resume: Path | None) -> SAE:
-        options, reader_state, seconds_before = self.options, None, 0.0
-        if resume:
-            state = restore_checkpoint(resume, trainer)
-            reader_state, seconds_before = state["reader"], state["seconds"]
+    def _loop(self, trainer: Trainer) -> SAE:
+        options = self.options
+        state = self._restore(trainer)
+        seconds_before = state["seconds"]
         metrics = self.out / "metrics.jsonl"
         cut_back(metrics, trainer.step_count)
-        batches = self._batches(reader_state)
+        batches = self._batches(state["reader"])
         start, waited, waited_at_log, time_at_log = time.monotonic(), 0.0, 0.0, time.monotonic()
         tokens_at_log = trainer.step_count * options.batch
 
@@ -252,6 +259,22 @@ class Run:
         sae.save(self.out)
         return sae
 
+    def _restore(self, trainer: Trainer) -> dict:
+        """Puts the trainer where the last whole checkpoint left it; a damaged one is named and the one before it used."""
+        problem = None
+        for folder in reversed(checkpoints(self.out)):
+            try:
+                state = restore_checkpoint(folder, trainer)
+            except SaekitError as error:
+                problem = error
+                Progress.say(str(error))
+                continue
+            Progress.say(f"continues after step {trainer.step_count:,}")
+            return state
+        if problem is not None:
+            raise problem
+        return {"reader": None, "seconds": 0.0}
+
     def _config(self, trainer: Trainer) -> dict:
         """The parts of config.json that the run knows: where the SAE belongs and where it comes from."""
         manifest = self.store.manifest
@@ -287,17 +310,6 @@ class Run:
                 "lost": [],
             },
         }
-
-
-def resolve_site(store: Store, site: str | None) -> str:
-    """The site asked for, or the only one. SaekitError with the nearest name, or with the choice."""
-    if site is None:
-        if len(store.sites) > 1:
-            raise SaekitError(f"{store.path} holds {len(store.sites)} sites: {', '.join(store.sites)}; pass --site")
-        return next(iter(store.sites))
-    if site not in store.sites:
-        raise SaekitError(f"no site {site} in {store.path}; it holds {', '.join(store.sites)}")
-    return site
 
 
 def cut_back(metrics: Path, step: int):

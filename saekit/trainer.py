@@ -31,6 +31,7 @@ from saekit_kernels import (
 from torch import Tensor
 
 from saekit import losses, optim
+from saekit.device import resolve_compute, resolve_device
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.variants import Variant
@@ -55,33 +56,6 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator of its own for each (seed, purpose): initialisation never shares numbers with anything else."""
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one. Raises SaekitError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise SaekitError(f"device {name} is not available here; pass --device cpu or auto") from None
-    return device
-
-
-def resolve_compute(name: str, device: torch.device) -> tuple[str, str]:
-    """(compute, reason). `auto` is bf16 where the device has matrix units for it."""
-    if device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        why = "the CPU has bf16 matrix units" if fast else "the CPU has no bf16 matrix units"
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        why = "the GPU has bf16 matrix units" if fast else "the device has no bf16 matrix units"
-    if name == "bf16" and not fast:
-        raise SaekitError(f"--compute bf16: {why}; pass --compute fp32")
-    if name == "auto":
-        return ("bf16" if fast else "fp32"), why
-    return name, "asked for"
 
 
 class Trainer:
@@ -142,7 +116,7 @@ class Trainer:
         self.fitted = variant.enc_init != "fit"
         if variant.enc_init == "kaiming":
             self.W_enc *= math.sqrt(2 * D / F)
-        if fit_rows is not None:
+        if fit_rows is not None and not self.fitted:
             self._fit_encoder(fit_rows)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -187,7 +161,7 @@ class Trainer:
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
         """One step on a batch (B, D) in the store's units; returns the named losses, weighted, as 0-d tensors."""
-        if not self.fitted and self.variant.enc_init == "fit":
+        if not self.fitted:
             self._fit_encoder(x_BD)
         x_BD = self.normalised(x_BD)
         B = x_BD.shape[0]
@@ -250,7 +224,7 @@ class Trainer:
     def _count_idle(self, fired_F: Tensor, B: int):
         """Counters first, then U, then the losses; a member of U that has fired since is masked at once."""
         self.idle_F += B
-        self.idle_F[fired_F] = 0
+        self.idle_F.masked_fill_(fired_F, 0)
         if self.step_count % REBUILD_EVERY == 0:
             self.dead_ids = (self.idle_F >= self.dead_after).nonzero().squeeze(1)
 

@@ -186,3 +186,16 @@ def test_stored_results_of_another_sae_are_refused(store, tmp_path):
     sae.save(tmp_path / "sae")
     with pytest.raises(SaekitError, match="belongs to another SAE"):
         sk.evaluation.load_evaluation(tmp_path / "sae")
+
+
+def test_evaluating_again_replaces_what_belonged_to_another_sae_and_keeps_what_did_not_change(store, tmp_path):
+    sae = sk.train(sk.TopK(k=4, d_sae=96), store, out=tmp_path / "sae", batch=512)
+    sk.evaluate(sae, store)
+    before = sk.evaluation.load_evaluation(tmp_path / "sae").content["tiers"]
+    sk.evaluate(sae, store, tiers=(1,), tokens=500)
+    after = sk.evaluation.load_evaluation(tmp_path / "sae").content["tiers"]
+    assert after["2"] == before["2"] and after["1"]["metrics"]["fvu"]["n"] == 500
+    sae.b_enc += 1
+    sae.save(tmp_path / "sae")
+    sk.evaluate(sae, store, tiers=(1,))
+    assert set(sk.evaluation.load_evaluation(tmp_path / "sae").content["tiers"]) == {"1"}

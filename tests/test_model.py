@@ -362,7 +362,7 @@ def test_bf16_is_refused_where_it_has_no_units(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert load_model((model, None)).compute == "fp32"
-    with pytest.raises(SaekitError, match="--compute bf16: this processor has no bf16 units .*; use --compute fp32"):
+    with pytest.raises(SaekitError, match="--compute bf16: this CPU has neither AMX nor AVX512-BF16.*; use --compute fp32"):
         load_model((model, None), compute="bf16")
 
 
@@ -460,7 +460,7 @@ def test_models_that_cannot_be_loaded(tiny_model, tmp_path):
     assert "not in the local cache while HF_HUB_OFFLINE is set" in message("nobody/nothing")
     assert message("x.gguf") == "cannot load model x.gguf: no such file"
     assert message(str(tiny_model), compute="int8") == "compute int8 is not known; choose auto, bf16 or fp32"
-    assert message(str(tiny_model), device="cuda:77").startswith("--device cuda:77: ")
+    assert message(str(tiny_model), device="cuda:77").startswith("device cuda:77 is not available here; pass --device")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert message(tmp_path / "broken").startswith(f"cannot load model {tmp_path}/broken: ")

@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(store, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"site": "blocks.0.hook_resid_pst"}, "no site blocks.0.hook_resid_pst in"),
+        ({"site": "blocks.0.hook_resid_pst"}, "holds blocks.0.hook_resid_post, not blocks.0.hook_resid_pst"),
         ({"tokens": 10**9}, "run needs 1,000,000,000 rows, the training part of"),
         ({"batch": 10**7}, "lower --batch or collect more"),
         ({"batch": 0}, "--batch is 0"),
@@ -150,3 +150,34 @@ def test_plan_says_what_will_be_done(store, tmp_path):
     plan = Run(VARIANT, store, tmp_path / "sae", sk.config.RunOptions(**OPTIONS)).plan()
     # 2·128·64 + 128 + 64 = 16,576 parameters
     assert "128 features of width 64, 16,576 parameters" in plan
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(store, tmp_path, monkeypatch, capsys):
+    from saekit.progress import Progress
+
+    sk.train(VARIANT, store, out=tmp_path / "whole", **OPTIONS)
+    sk.train(VARIANT, store, out=tmp_path / "cut", **OPTIONS)
+    (tmp_path / "cut/config.json").unlink()
+    last = checkpoints(tmp_path / "cut")[-1]
+    state = last / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    monkeypatch.setattr(Progress, "quiet", False)
+    sk.train(VARIANT, store, out=tmp_path / "cut", **OPTIONS)
+    said = capsys.readouterr().err
+    assert f"checkpoint {last} is damaged" in said and "continues after step" in said
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+
+
+def test_a_run_continues_with_the_threads_of_its_first_start(store, tmp_path, monkeypatch):
+    sk.train(VARIANT, store, out=tmp_path / "sae", **OPTIONS)
+    (tmp_path / "sae/config.json").unlink()
+    run = json.loads((tmp_path / "sae/run.json").read_text())
+    run["environment"]["threads"] = 3
+    (tmp_path / "sae/run.json").write_text(json.dumps(run))
+    before = torch.get_num_threads()
+    try:
+        sk.train(VARIANT, store, out=tmp_path / "sae", **OPTIONS)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert run["environment"]["kernels"]["encode_select row_count"].startswith(("cpu: ", "portable: "))

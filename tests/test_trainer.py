@@ -193,3 +193,12 @@ def test_generators_of_different_purposes_share_nothing():
     one, two = (torch.randn(4, generator=generator(0, p)) for p in ("decoder", "order"))
     assert not torch.equal(one, two)
     assert torch.equal(one, torch.randn(4, generator=generator(0, "decoder")))
+
+
+def test_only_fit_fits(x_BD):
+    """`tied` is the decoder itself and `kaiming` √(2D/F) of it, whatever rows are given; `fit` is another scale."""
+    for enc_init, scale in (("tied", 1.0), ("kaiming", math.sqrt(2 * 16 / 64))):
+        trainer = Trainer(sk.TopK(k=4, d_sae=64, enc_init=enc_init), d_model=16, fit_rows=x_BD)
+        torch.testing.assert_close(trainer.W_enc, scale * trainer.W_dec)
+    fitted = Trainer(sk.TopK(k=4, d_sae=64), d_model=16, fit_rows=x_BD)
+    assert not torch.allclose(fitted.W_enc, fitted.W_dec)

@@ -25,6 +25,7 @@ from saekit_kernels.ops import (
     row_adam_,
     segment_weight_grads,
     using,
+    why_not_bf16,
 )
 from saekit_kernels.portable import Workspace
 from saekit_kernels.reference import Csc, WeightGrads
@@ -57,4 +58,5 @@ __all__ = [
     "row_adam_",
     "segment_weight_grads",
     "using",
+    "why_not_bf16",
 ]

@@ -155,7 +155,7 @@ def explain(device: str = "cpu") -> list[Choice]:
         for op in _CPU_REASONS
         if op != "encode_select"
     ]
-    why = _why_not_bf16(device)
+    why = why_not_bf16(device)
     return [
         *lines,
         Choice("encoder product", "fp32" if why else "bf16", why or "this device multiplies bf16 in hardware"),
@@ -163,7 +163,7 @@ def explain(device: str = "cpu") -> list[Choice]:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_bf16(device: str) -> str | None:
+def why_not_bf16(device: str) -> str | None:
     """Why the encoder product cannot run in bf16 on a device type; None if it can."""
     if device == "cpu":
         if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
@@ -176,10 +176,10 @@ def _why_not_bf16(device: str) -> str | None:
 
 def _resolve_compute(compute: str | None, x: Tensor) -> str:
     if compute is None:
-        return "fp32" if x.dtype == torch.float64 or _why_not_bf16(x.device.type) else "bf16"
+        return "fp32" if x.dtype == torch.float64 or why_not_bf16(x.device.type) else "bf16"
     if compute not in COMPUTE:
         raise ValueError(f"compute={compute!r}: it is one of {', '.join(COMPUTE)}")
-    if compute == "bf16" and (why := _why_not_bf16(x.device.type)):
+    if compute == "bf16" and (why := why_not_bf16(x.device.type)):
         raise ValueError(f'compute="bf16" cannot run: {why}; use compute="fp32"')
     if compute == "tf32" and x.device.type != "cuda":
         raise ValueError(

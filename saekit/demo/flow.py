@@ -50,10 +50,17 @@ def run_demo(out: Path, say: Callable[[str], None] = print):
     sae = sk.SAE.load(folder)
     if stage(f"saekit index {folder} --tokens {INDEX_TOKENS}", (folder / "index" / "manifest.json").is_file()):
         sk.build_index(sae, store, tokens=INDEX_TOKENS)
-    if stage(f"saekit evaluate {folder} --lm-tokens {LM_TOKENS}", (folder / "evaluation.json").is_file()):
+    if stage(f"saekit evaluate {folder} --lm-tokens {LM_TOKENS}", _evaluated(folder)):
         sk.evaluate(sae, store, lm_tokens=LM_TOKENS)
     evaluation = load_evaluation(folder)
     say(f"\n{evaluation.health()}.")
     for warning in evaluation.warnings():
         say(f"warning: {warning}")
     say(f"All of it in {duration(time.monotonic() - start)}. Next:  saekit browse {out / 'saes'}")
+
+
+def _evaluated(folder: Path) -> bool:
+    """Whether both tiers are stored; a run that was killed between them is not done."""
+    from saekit.evaluation import load_evaluation
+
+    return (folder / "evaluation.json").is_file() and load_evaluation(folder).value("ce_sae") is not None

@@ -79,12 +79,12 @@ class Evaluation:
         return f"{self.health()}\n\n{self.table()}{warnings}"
 
     def save(self, folder: Path, seconds: dict[str, float]):
-        """Writes `evaluation.json`, keeping tiers of the same SAE that were not computed now; appends to the history."""
+        """Writes `evaluation.json`, keeping tiers of the same SAE on the same data that were not computed now; results of
+        another SAE are replaced. Appends to the history."""
         path = folder / FILE
-        if path.is_file():
-            old = load_evaluation(folder).content
-            if old["sae"]["fingerprint"] == self.content["sae"]["fingerprint"] and old["data"] == self.content["data"]:
-                self.content["tiers"] = dict(sorted({**old["tiers"], **self.content["tiers"]}.items()))
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if _belongs(old) == _belongs(self.content):
+            self.content["tiers"] = dict(sorted({**old["tiers"], **self.content["tiers"]}.items()))
         atomic_write(path, pretty_json(self.content))
         line = {
             "date": time.strftime("%Y-%m-%d"),
@@ -111,6 +111,16 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     if content["sae"]["fingerprint"] != config["fingerprint"]:
         raise SaekitError(f"{path} belongs to another SAE; run  saekit evaluate {folder}")
     return Evaluation(content)
+
+
+def _belongs(content: dict) -> tuple:
+    """What two evaluations must share for their tiers to stand in one file; each metric says its own number of tokens."""
+    data = content.get("data", {})
+    return (
+        content.get("format_version"),
+        content.get("sae", {}).get("fingerprint"),
+        *(data.get(key) for key in ("store", "model", "site", "split")),
+    )
 
 
 def new_evaluation(config: dict, data: dict, compute: str, torch_version: str) -> Evaluation:

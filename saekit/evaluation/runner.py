@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from saekit.config import EvaluateOptions
+from saekit.device import resolve_device
 from saekit.encoding import encode_store
 from saekit.errors import SaekitError
 from saekit.evaluation.language_model import language_model_metrics, spliced_losses
@@ -27,7 +28,7 @@ def evaluate(sae, store=None, **options) -> Evaluation:
     """
     options = EvaluateOptions(**options)
     if not isinstance(sae, SAE):
-        sae = SAE.load(sae)
+        sae = SAE.load(sae, str(resolve_device(options.device)))
     store = find_store(sae, store if store is not None else options.store, force=options.force)
     site = find_site(sae, store, options.site)
     unknown = set(options.tiers) - {1, 2}
@@ -35,6 +36,8 @@ def evaluate(sae, store=None, **options) -> Evaluation:
         raise SaekitError(f"no tier {min(unknown)}; there are 1 (held-out activations) and 2 (language model)")
     rows, split = _rows(sae, store, site, options)
     lm = find_model(store, options.model, device=options.device, force=options.force) if 2 in options.tiers else None
+    if lm is not None and not lm.causal:
+        raise SaekitError(f"attention of {lm.id} is not causal: it has no next-token loss; pass --tiers 1")
 
     seq_rows = store.seq_rows()
     sequences = np.unique(np.searchsorted(seq_rows, rows, side="right") - 1)
@@ -50,7 +53,6 @@ def evaluate(sae, store=None, **options) -> Evaluation:
     evaluation = new_evaluation(sae.config, data, "fp32", torch.__version__)
     device = str(sae.W_enc.device)
     mean_D = torch.from_numpy(store.statistics(site).mean_D.copy())
-    seconds: dict[str, float] = {}
 
     def keep(tier: str, metrics: dict[str, Metric], warnings: list[str], arrays: dict, start: float):
         if split == "train":
@@ -62,9 +64,8 @@ def evaluate(sae, store=None, **options) -> Evaluation:
             "arrays": arrays,
             "warnings": warnings,
         }
-        seconds[tier] = round(time.monotonic() - start, 2)
         if sae.path:
-            evaluation.save(sae.path, {tier: seconds[tier]})
+            evaluation.save(sae.path, {tier: round(time.monotonic() - start, 2)})
 
     if 1 in options.tiers:
         start = time.monotonic()
@@ -85,7 +86,7 @@ def evaluate(sae, store=None, **options) -> Evaluation:
 
 
 def _rows(sae: SAE, store, site: str, options: EvaluateOptions) -> tuple[np.ndarray, str]:
-    """Held-out rows of the store, all of them if the SAE never saw it; at most `tokens`, in whole sequences."""
+    """Held-out rows of the store, all of them if the SAE never saw it; at most `tokens`."""
     provenance = sae.config.get("provenance") or {}
     own = provenance.get("store") == store.fingerprint
     trained_on_all = own and provenance.get("split") == "all"

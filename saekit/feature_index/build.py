@@ -510,12 +510,13 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
     Raises SaekitError if the SAE, store or model do not belong together.
     """
     from saekit.config import IndexOptions
+    from saekit.device import resolve_device
     from saekit.encoding import encode_store
     from saekit.provenance import find_model, find_site, find_store
     from saekit.sae import SAE
 
     o = IndexOptions(**options)
-    sae = sae if isinstance(sae, SAE) else SAE.load(sae)
+    sae = sae if isinstance(sae, SAE) else SAE.load(sae, str(resolve_device(o.device)))
     if sae.path is None:
         raise SaekitError("the SAE has no folder for its index yet; save it first: sae.save(folder)")
     store = find_store(sae, store or o.store, force=o.force)

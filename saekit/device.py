@@ -1,0 +1,28 @@
+"""Where arithmetic runs and in which precision: chosen once, with the reason."""
+
+import torch
+from saekit_kernels import why_not_bf16
+
+from saekit.errors import SaekitError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one. Raises SaekitError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise SaekitError(f"device {name} is not available here; pass --device cpu or auto") from None
+    return device
+
+
+def resolve_compute(name: str, device: torch.device) -> tuple[str, str]:
+    """(fp32 or bf16, reason) of the encoder product in training. `auto` is bf16 where the device has units for it."""
+    reason = why_not_bf16(device.type)
+    if name == "bf16" and reason:
+        raise SaekitError(f"--compute bf16: {reason}; pass --compute fp32")
+    if name == "auto":
+        return ("fp32", reason) if reason else ("bf16", "this device multiplies bf16 in hardware")
+    return name, "asked for"
