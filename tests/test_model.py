@@ -362,7 +362,9 @@ def test_bf16_is_refused_where_it_has_no_units(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert load_model((model, None)).compute == "fp32"
-    with pytest.raises(SaekitError, match="--compute bf16: this CPU has neither AMX nor AVX512-BF16.*; use --compute fp32"):
+    with pytest.raises(
+        SaekitError, match="--compute bf16: this CPU has neither AMX nor AVX512-BF16.*; use --compute fp32"
+    ):
         load_model((model, None), compute="bf16")
 
 
