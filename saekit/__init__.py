@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SAE": "saekit.sae",
     "SaekitError": "saekit.errors",
+    "StreamOptions": "saekit.config",
     "TopK": "saekit.variants",
     "VARIANTS": "saekit.variants",
     "build_index": "saekit.feature_index",
@@ -33,6 +34,7 @@ __all__ = [
     "SAE",
     "VARIANTS",
     "SaekitError",
+    "StreamOptions",
     "TopK",
     "__version__",
     "build_index",
@@ -46,6 +48,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from saekit.collector import collect
+    from saekit.config import StreamOptions
     from saekit.errors import SaekitError
     from saekit.evaluation import evaluate
     from saekit.feature_index import build_index, open_index

@@ -107,18 +107,15 @@ def collect(argv: list[str]):
 
     model, out, options = _parse(parse, argv, "saekit collect")
     from saekit.collector import collect as collect_
+    from saekit.collector import report
 
     store = collect_(model, out=out, **vars(options))
-    for site in store.sites:
-        s = store.manifest["sites"][site]
-        marked = f", {s['outlier_rows']:,} rows above {s['norm_limit']:.3g} marked" if s["norm_limit"] else ""
-        print(
-            f"{site}: width {s['d']}, median norm {s['median_norm']:.3g}{marked}, "
-            f"‖mean‖ / ‖deviation‖ {s['mean_to_deviation']:.2f}"
-        )
-    print(
-        f"{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  saekit train topk {out} --out saes/{out.name}-topk"
-    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    next_step = f"saekit train topk {out} --out saes/{out.name}-topk"
+    if len(store.sites) > 1:
+        next_step += f" --site {store.sites[0]}"
+    print(f"{report(store)}\n{store.rows:,} rows of {store.n_tokens:,} tokens in {out}\nnext:  {next_step}")
 
 
 def train(argv: list[str]):
@@ -127,31 +124,40 @@ def train(argv: list[str]):
     names = [name.replace("_", "-") for name in VARIANTS]
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            f"usage: saekit train VARIANT STORE --out SAE [options]\n\nvariants: {', '.join(names)}\n\nsaekit train topk --help lists the options"
+            "usage: saekit train VARIANT STORE --out SAE [options]\n"
+            "       saekit train VARIANT --stream MODEL --site SITE --text SOURCE --out SAE [options]\n\n"
+            f"variants: {', '.join(names)}\n\nsaekit train topk --help lists the options"
         )
         return
     if argv[0] not in names:
         raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], names)}")
-    from saekit.config import RunOptions
+    from saekit.config import RunOptions, StreamOptions
 
     Variant = VARIANTS[argv[0].replace("-", "_")]
 
-    def parse(store: _positional(Path, "ACTS"), *, out: Path, variant: Variant, run: RunOptions):
-        return store, out, variant, run
+    def parse(
+        store: _positional(Path | None, "ACTS") = None,
+        *,
+        out: Path,
+        variant: Variant,
+        run: RunOptions,
+        stream: StreamOptions,
+    ):
+        return store, out, variant, run, stream
 
     parse.__doc__ = f"""{(Variant.__doc__ or "").splitlines()[0]}
 
     Args:
-        store: Activation store, from saekit collect.
+        store: Activation store, from saekit collect; none with --stream.
         out: Folder of the new SAE; an unfinished run there continues.
     """
-    store, out, variant, options = _parse(parse, argv[1:], f"saekit train {argv[0]}")
-    from saekit.run import Run
-    from saekit.store import open_store
+    store, out, variant, options, stream = _parse(parse, argv[1:], f"saekit train {argv[0]}")
+    from saekit.run import Run, open_source
 
-    run = Run(variant, open_store(store), out, options)
+    run = Run(variant, open_source(store, stream, out, options), out, options)
     run.train()
-    print(f"{run.summary()}\nnext:  saekit evaluate {out}   and   saekit index {out}")
+    elsewhere = " --store ACTS" if store is None else ""
+    print(f"{run.summary()}\nnext:  saekit evaluate {out}{elsewhere}   and   saekit index {out}{elsewhere}")
 
 
 def evaluate(argv: list[str]):
@@ -251,16 +257,28 @@ def feature(argv: list[str]):
 
 
 def check(argv: list[str]):
-    def parse(path: _positional(Path, "PATH"), *, quick: bool = False):
+    def parse(
+        path: _positional(Path, "PATH"),
+        *,
+        quick: bool = False,
+        repair: bool = False,
+        recompute: int = 0,
+        model: str | None = None,
+        device: str = "auto",
+    ):
         """Checks a store, an SAE folder or an index against its own manifest: sizes, checksums, shapes, values.
 
         Args:
             path: Folder to check.
             quick: Sizes and headers only.
+            repair: Compute the damaged shards of a store again; they must come out bit for bit.
+            recompute: Compute so many random sequences of a store again and compare.
+            model: Language model for repair and recompute; None = the one the store was collected from.
+            device: Where it runs; bytes are equal only on the kind of device the store was made on.
         """
-        return path, quick
+        return path, quick, repair, recompute, model, device
 
-    path, quick = _parse(parse, argv, "saekit check")
+    path, quick, repair, recompute, model, device = _parse(parse, argv, "saekit check")
     manifest = path / "manifest.json"
     if (path / "config.json").is_file() or (path / "run.json").is_file():
         from saekit.sae import check_sae
@@ -271,9 +289,21 @@ def check(argv: list[str]):
 
         kind, problems = "index", open_index(path).check()
     else:
-        from saekit.store.format import check as check_store
+        from saekit.store import check as check_store
 
-        kind, problems = "store", check_store(path, quick=quick)
+        kind = "store"
+        if repair:
+            from saekit.recompute import repair as repair_
+
+            for name in repair_(path, model, device=device):
+                print(f"{name} is restored")
+        problems = check_store(path, quick=quick)
+        if recompute and not problems:
+            from saekit.recompute import recompute as recompute_
+
+            problems = recompute_(path, recompute, model, device=device)
+    if kind != "store" and (repair or recompute):
+        raise SaekitError(f"{path} is an {kind}; --repair and --recompute are for activation stores")
     if problems:
         raise SaekitError(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}: " + "; ".join(problems))
     print(f"{path}: {kind} is sound")

@@ -12,43 +12,84 @@ Compute = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions:
-    site: tuple[str, ...]
-    """TransformerLens hook names, such as blocks.6.hook_resid_post; all come from one forward pass."""
-    text: tuple[str, ...]
-    """Files, folders, globs (.txt .md .py .jsonl) or `stdlib`, the running Python's own source."""
-    tokens: int | None = None
-    """Stop after this many tokens; None = the whole text."""
+class ReadingOptions:
+    """How text becomes documents."""
+
+    text_field: str = "text"
+    """Field of a .jsonl, .parquet or data set record that holds the text."""
+    ids_field: str | None = None
+    """Field that holds token ids instead, taken as they are; the tokenizer is optional then."""
+    split_documents: Literal["none", "line", "blank-line"] | None = None
+    """Cut .txt files and stdin into documents; None = a file is one document, a line of stdin is one."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """`replace` reads bytes that are not UTF-8 as U+FFFD."""
+    skip_bad_lines: bool = False
+    """Pass over lines of .jsonl and rows of tables that cannot be read, and count them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceOptions(ReadingOptions):
+    """What a language model is shown, and what is kept of it."""
+
+    text: tuple[str, ...] = ()
+    """Files, folders, globs (.txt .md .py .jsonl .jsonl.zst .parquet), hf:NAME[,CONFIG][:SPLIT], - for stdin, or
+    `stdlib`, the running Python's own source."""
     context: int = 256
     """Tokens the model sees at once."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the stored activations."""
-    packing: Literal["join"] = "join"
-    """Documents are joined with the separator and cut into full sequences."""
+    """Of the activations that are kept."""
+    packing: Literal["join", "isolate", "separate"] | None = None
+    """join = documents one behind the other, cut into full sequences, attention crosses their borders; isolate = as join,
+    but no document sees another; separate = one document per sequence. None = join, separate for an encoder."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Put BOS at the start of each sequence; auto = if the tokenizer defines one."""
     keep_special: bool = False
-    """Store the rows of BOS, EOS and PAD as well."""
+    """Keep the rows of BOS, EOS and PAD as well."""
     drop_ids: tuple[int, ...] = ()
-    """Further token ids whose rows are not stored."""
-    text_field: str = "text"
-    """Field of a .jsonl record that holds the text."""
+    """Further token ids whose rows are not kept."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; None = the model's own."""
     norm_multiple: float = 10.0
-    """Rows with a norm above this multiple of the median are marked as outliers and skipped by readers; 0 = off."""
-    batch_sequences: int = 32
-    """Sequences per forward pass."""
+    """Rows with a norm above this multiple of the median are outliers, which readers skip; 0 = off."""
+    batch_sequences: int | None = None
+    """Sequences per forward pass; None = 32, halved on a GPU until they fit."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """auto = sdpa, eager for a model that lacks it."""
+
+    def __post_init__(self):
+        if self.context < 2:
+            raise SaekitError(f"--context {self.context} leaves no room for text; pass at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectOptions(SequenceOptions):
+    site: tuple[str, ...]
+    """TransformerLens hook names, such as blocks.6.hook_resid_post, or module paths; all come from one forward pass."""
+    tokens: int | None = None
+    """Stop after this many tokens; None = the whole text."""
     shard_mb: int = 256
     """Size of a shard of the widest site, in MiB."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto = a GPU if there is one."""
     compute: Compute = "auto"
     """Arithmetic of the forward pass; auto = bf16 where the device has matrix units for it."""
+    threads: int | None = None
+    """Of a forward pass on a CPU; None = all cores, shared by the processes of torchrun. A run that continues keeps them."""
+    finish: bool = False
+    """Close the store with what there is: all of a text that ends before --tokens, or the whole shards of an unfinished run."""
+    accept_environment: bool = False
+    """Go on although torch, transformers or the device are not those the store was begun with."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.site:
             raise SaekitError("no site named; pass --site, for example --site blocks.6.hook_resid_post")
-        if self.context < 2:
-            raise SaekitError(f"--context {self.context} leaves no room for text; pass at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(SequenceOptions):
+    stream: str | None = None
+    """Language model to train from without a store: its activations are computed while the SAE learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +108,12 @@ class RunOptions:
     """Initialisation and order of the rows each draw from (seed, purpose)."""
     ram: str = "4GiB"
     """Sites that fit are shuffled uniformly, larger ones in blocks."""
+    block: str = "auto"
+    """What stays together when a store is shuffled in blocks: auto = 64 KiB, a size such as 1MiB, or `sequence`."""
     outliers: Literal["skip", "keep"] = "skip"
     """Rows that the store marks for their norm."""
+    statistics_rows: int | None = None
+    """Input mean and scale from so many rows in text order; None = those of the whole store, of a stream 262,144."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto = a GPU if there is one."""
     compute: Compute = "auto"

@@ -1,5 +1,7 @@
 """Where arithmetic runs and in which precision: chosen once, with the reason."""
 
+from importlib.metadata import version
+
 import torch
 from saekit_kernels import why_not_bf16
 
@@ -26,3 +28,13 @@ def resolve_compute(name: str, device: torch.device) -> tuple[str, str]:
     if name == "auto":
         return ("fp32", reason) if reason else ("bf16", "this device multiplies bf16 in hardware")
     return name, "asked for"
+
+
+def environment_of(device: torch.device) -> dict:
+    """What may change the last bits of an activation, in the manifest's words."""
+    environment = {"torch": torch.__version__, "transformers": version("transformers"), "device": device.type}
+    if device.type == "cuda":
+        environment["device"] = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        environment |= {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    return environment

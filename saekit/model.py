@@ -1,11 +1,15 @@
-"""A language model as the toolkit sees it: load, name a site, read what passes there, put something else in its place.
+"""A language model or encoder as the toolkit sees it: name a site, read what passes there, put something else there.
 
     lm = load_model("gpt2")
     x_BTD = lm.capture(ids_BT, ["blocks.6.hook_resid_post"])["blocks.6.hook_resid_post"]
     logits_BTV = lm.replace(ids_BT, "blocks.6.hook_resid_post", lambda x_BTD: 0 * x_BTD)
 
-Nothing else in the toolkit knows a transformer's inside. Sites carry TransformerLens' hook names and mean the same
-quantity in every architecture: what is added to the residual stream, after any norm or multiplier that stands behind it.
+Nothing else in the toolkit knows a transformer's inside. A site is one of two things:
+
+1. A hook name of TransformerLens. It means the same quantity in every architecture: what is added to the residual stream,
+   after any norm or multiplier that stands behind it. Where a name has no such meaning it is refused.
+2. Otherwise a module path such as `encoder.layer.1.attention.output`: what that module of this model returns.
+
 Values are those of the raw weights. The model is a plain Transformers model with plain hooks that live for one pass.
 
 B sequences · T positions · D width of a site · V vocabulary.
@@ -13,12 +17,9 @@ B sequences · T positions · D width of a site · V vocabulary.
 
 import copy
 import difflib
-import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,12 +31,18 @@ from jaxtyping import Float, Int
 from saekit_kernels import why_not_bf16
 from torch import Tensor, nn
 
+from saekit import hooks
 from saekit.device import resolve_device
 from saekit.errors import SaekitError
+from saekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from saekit.hooks import Point, Seen
+from saekit.loading import load, load_tokenizer, one_line
 
-DEMO = Path(__file__).parent / "demo" / "model"
 # on a CPU, layers up to this width run faster in native bf16 than under autocast, whose casts they cannot hide
 SMALL_WIDTH = 1024
+
+TRIAL = (2, 4)
+"""Sequences and tokens of the pass that tries what a module does; more than one sequence shows who leaves out B."""
 
 EMBED = "hook_embed"
 IN_BLOCK = (
@@ -142,11 +149,11 @@ LAYOUTS: dict[str, Layout] = {
 @dataclass(frozen=True)
 class Site:
     name: str
-    """TransformerLens hook name."""
+    """TransformerLens hook name, or module path."""
     d: int
     """Width of an activation."""
     layer: int
-    """Block it lies in; -1 = before all blocks."""
+    """Block it lies in; -1 = in none."""
     heads: int | None = None
     """Of attn.hook_z, whose rows are the heads side by side."""
     d_head: int | None = None
@@ -161,32 +168,47 @@ class Unembedding(NamedTuple):
     """What the product leaves out, in words; empty if nothing."""
 
 
-class _Point(NamedTuple):
-    module: nn.Module
-    side: Literal["input", "output"]
-    scale: float
-
-
-class _Enough(Exception):
-    """All sites have been read: leave the forward pass."""
-
-
 def load_model(
-    name: "str | Path | LanguageModel | tuple[Any, Any] | Any", *, device: str = "auto", compute: str = "auto"
+    name: "str | Path | LanguageModel | tuple[Any, Any] | Any",
+    *,
+    device: str = "auto",
+    compute: str = "auto",
+    tokenizer: str | None = None,
+    attention: str = "auto",
 ) -> "LanguageModel":
     """A hub name, a local folder in Hugging Face format, a `.gguf` file, `saekit:demo`, or (model, tokenizer).
 
     A model object of the caller's is left as it is found: moved, cast or reconfigured never, except for what `capture`
-    and `replace` put back. `compute="fp32"` on a half-precision object works on a copy.
-    Raises SaekitError if it cannot be loaded, if a weight is missing in it, or if the device lacks what is asked for.
+    and `replace` put back. `compute="fp32"` on a half-precision object works on a copy. A LanguageModel is returned as it
+    is, and refused if something else is asked of it.
+
+    Args:
+        tokenizer: folder or hub name; None = the model's own.
+        attention: `sdpa`, `eager`, or `auto`, which is sdpa where the model has it.
+
+    Raises SaekitError if it cannot be loaded, if a weight is missing in it, or if device or model lack what is asked for.
     """
     if isinstance(name, LanguageModel):
+        _refuse_another(name, compute, attention, tokenizer)
         return name
     if isinstance(name, (str, Path)):
-        return _load(str(name), device, compute)
-    hf, tokenizer = name if isinstance(name, tuple) else (name, None)
-    identity = getattr(hf, "name_or_path", "") or type(hf).__name__
-    return LanguageModel(hf, tokenizer, id=identity, compute=compute, owned=False)
+        hf, own = load(str(name), device=resolve_device(device), attention=attention, tokenizer=tokenizer)
+        identity, owned = str(name), True
+    else:
+        hf, own = name if isinstance(name, tuple) else (name, None)
+        own = load_tokenizer(tokenizer) if tokenizer else own
+        identity, owned = getattr(hf, "name_or_path", "") or type(hf).__name__, False
+    return LanguageModel(
+        hf, own, id=identity, compute=compute, attention=attention, owned=owned, tokenizer_id=tokenizer
+    )
+
+
+def _refuse_another(lm: "LanguageModel", compute: str, attention: str, tokenizer: str | None):
+    """SaekitError if the loaded model is not what is asked for."""
+    is_now = {"compute": lm.compute.removesuffix("-autocast"), "attention": lm.attention, "tokenizer": lm.tokenizer_id}
+    for (what, found), asked in zip(is_now.items(), (compute, attention, tokenizer or "auto")):
+        if asked not in ("auto", found):
+            raise SaekitError(f"{lm.id} was loaded with {what} {found}; give load_model {what}={asked!r} instead")
 
 
 class LanguageModel:
@@ -195,41 +217,80 @@ class LanguageModel:
     Threads may share one: passes wait for each other.
     """
 
-    def __init__(self, hf, tokenizer, *, id: str, compute: str = "auto", owned: bool = False):
+    def __init__(
+        self,
+        hf,
+        tokenizer,
+        *,
+        id: str,
+        compute: str = "auto",
+        attention: str = "auto",
+        owned: bool = False,
+        tokenizer_id: str | None = None,
+    ):
         self.id = id
         self.hf = hf
         self.tokenizer = tokenizer
+        self.tokenizer_id: str = tokenizer_id or id
+        self.architecture: str = type(hf).__name__
+        self._must_read_ids()
         self.config = hf.config.get_text_config()
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.weights_fingerprint: str = weights_fingerprint(hf)
         """sha256 over names, dtypes, shapes and bytes of all weights as loaded, before any cast."""
-        self.architecture: str = type(hf).__name__
         self.n_layers: int = self.config.num_hidden_layers
         self.d_model: int = self.config.hidden_size
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
         """Rows of the embedding; a tokenizer may use fewer."""
-        self.max_context: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.attention: str = "sdpa" if getattr(hf, "_supports_sdpa", False) else "eager"
-        self._lock = threading.RLock()
-        self.compute: Literal["fp32", "bf16", "bf16-autocast"] = self._choose_compute(compute, owned)
-        decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else None
-        self._decoder = hf.base_model if decoder is None else decoder
-        self._blocks = self._find_blocks()
-        self._layout = LAYOUTS.get(self.config.model_type)
-        if self._layout and getattr(self.config, "use_parallel_residual", False):
-            self._layout = Layout(**{**self._layout.__dict__, "parallel": True})
         # tokens added later than the model's embedding may never occur; text that holds one is refused then
         if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
             raise SaekitError(
                 f"tokenizer has {tokenizer.vocab_size:,} ids but the model {id} embeds {self.vocab_size:,}; "
-                "give the tokenizer that belongs to the model"
+                "to give the one that belongs to it pass --tokenizer"
             )
+        self._lock = threading.RLock()
+        self.compute: Literal["fp32", "bf16", "bf16-autocast"] = self._choose_compute(compute, owned)
+        self._decoder = self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf.base_model
+        self.max_context: int | None = self._count_positions()
+        self._blocks = self._find_blocks()
+        self._layout = LAYOUTS.get(self.config.model_type) if self._blocks else None
+        if self._layout and getattr(self.config, "use_parallel_residual", False):
+            self._layout = Layout(**{**self._layout.__dict__, "parallel": True})
+        self.attention: Literal["sdpa", "eager"] = self._choose_attention(attention)
+        """Of every pass."""
+        # whether that attention is the one that runs is read back now, not after the text has been read
+        with self._running():
+            pass
 
     def __str__(self) -> str:
         return (
             f"{self.id}: {self.architecture}, {self.n_layers} layers × {self.d_model}, "
             f"{self.compute}, {self.attention} attention, {self.device}"
         )
+
+    def _must_read_ids(self):
+        """Token ids alone must be enough for a pass."""
+        if not hasattr(self.hf, "get_input_embeddings"):
+            raise SaekitError(
+                f"{self.architecture} is no Transformers model; give one, or collect from it as a module, with inputs="
+            )
+        reads = getattr(self.hf, "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise SaekitError(
+                f"{self.architecture} reads {reads}, not token ids; collect from it as a module, with inputs="
+            )
+        if self.hf.config.is_encoder_decoder and self.hf.get_decoder() is not self.hf:
+            raise SaekitError(
+                f"{self.architecture} is an encoder-decoder; give its encoder: (model.get_encoder(), tokenizer)"
+            )
+
+    def _choose_attention(self, asked: str) -> Literal["sdpa", "eager"]:
+        has_sdpa = getattr(self.hf, "_supports_sdpa", False)
+        if asked not in ("auto", "sdpa", "eager"):
+            raise SaekitError(f"attention {asked} is not known; choose auto, sdpa or eager")
+        if asked == "sdpa" and not has_sdpa:
+            raise SaekitError(f"--attention sdpa: {self.architecture} has none; use --attention eager")
+        return "eager" if asked == "eager" or not has_sdpa else "sdpa"
 
     def _choose_compute(self, asked: str, owned: bool) -> Literal["fp32", "bf16", "bf16-autocast"]:
         """Casts where the model is ours to cast; device and sizes decide, never a timing."""
@@ -252,17 +313,26 @@ class LanguageModel:
             return "bf16"
         return "bf16-autocast"
 
-    def _find_blocks(self) -> nn.ModuleList:
+    def _count_positions(self) -> int | None:
+        """Longest sequence, or None for any length."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not positions or positions < 1:
+            return None
+        for path, module in self._decoder.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            # in RoBERTa and its kin the first token's position is the one behind the padding id
+            if path.endswith("position_embeddings") and padding is not None:
+                return positions - padding - 1
+        return positions
+
+    def _find_blocks(self) -> Sequence[nn.Module]:
+        """One block per layer; none where a layer is no module of its own, or the same one as another."""
         lists = {
             path: module
             for path, module in self._decoder.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers
+            if isinstance(module, nn.ModuleList) and len(module) == len(set(module)) == self.n_layers
         }
-        if not lists:
-            raise SaekitError(
-                f"{self.architecture} has no list of {self.n_layers} blocks; saekit cannot name its sites"
-            )
-        return lists[min(lists, key=lambda path: path.count("."))]
+        return list(lists[min(lists, key=lambda path: path.count("."))]) if lists else []
 
     # What the store records
 
@@ -281,23 +351,24 @@ class LanguageModel:
         }
 
     def tokenizer_entry(self) -> dict | None:
-        """The `tokenizer` of a store's manifest; None without one."""
+        """The `tokenizer` of a store's manifest; None without one. [CLS] counts as BOS and [SEP] as EOS."""
         t = self.tokenizer
         if t is None:
             return None
+        cls, sep = getattr(t, "cls_token_id", None), getattr(t, "sep_token_id", None)
         return {
-            "id": self.id,
+            "id": self.tokenizer_id,
             "fingerprint": tokenizer_fingerprint(t),
             "vocab_size": min(len(t), self.vocab_size),
-            "bos": t.bos_token_id,
-            "eos": t.eos_token_id,
+            "bos": cls if t.bos_token_id is None else t.bos_token_id,
+            "eos": sep if t.eos_token_id is None else t.eos_token_id,
             "pad": t.pad_token_id,
         }
 
     # Sites
 
     def sites(self) -> list[str]:
-        """Every name that can be captured and replaced, in the order of the forward pass."""
+        """Every hook name that can be captured and replaced, in the order of the forward pass."""
         names = [EMBED] if self._absent(EMBED) is None else []
         kinds = [kind for kind in IN_BLOCK if self._absent(kind) is None]
         return names + [f"blocks.{i}.{kind}" for i in range(self.n_layers) for kind in kinds]
@@ -306,17 +377,19 @@ class LanguageModel:
         """The site of that name; SaekitError with the nearest names if there is none."""
         return self._site(name)[0]
 
-    def _site(self, name: str) -> tuple[Site, _Point]:
+    def _site(self, name: str) -> tuple[Site, Point]:
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         layer, kind = (int(match[1]), match[2]) if match else (-1, name)
-        known = kind in IN_BLOCK if match else kind == EMBED
-        if match and layer >= self.n_layers:
+        if kind not in (IN_BLOCK if match else (EMBED,)):
+            return self._at_path(name)
+        if layer >= self.n_layers:
             raise SaekitError(f"{name}: the model has {self.n_layers} layers (0 to {self.n_layers - 1})")
-        if not known:
-            raise SaekitError(f"no site {name}; nearest: {', '.join(self._nearest(name))}")
         absent = self._absent(kind)
         if absent:
-            raise SaekitError(f"{name} {absent}; use {' or '.join(k for k in self._kinds_nearest(kind))}")
+            instead = [k for k in ("hook_resid_pre", "hook_resid_post") if self._absent(k) is None]
+            if self._layout is None:
+                instead.append("a module path")
+            raise SaekitError(f"{name} {absent}; use {' or '.join(instead)}")
         return self._locate(name, layer, kind)
 
     def _absent(self, kind: str) -> str | None:
@@ -336,79 +409,125 @@ class LanguageModel:
                 return f"is computed in slices by this {family} (slow_but_exact)"
         return None
 
-    def _kinds_nearest(self, kind: str) -> list[str]:
-        kinds = [k for k in IN_BLOCK if self._absent(k) is None]
-        return [k for k in ("hook_resid_pre", "hook_resid_post") if k in kinds] or kinds
+    def _at_path(self, name: str) -> tuple[Site, Point]:
+        """The site at a module path, counted from the model as it was loaded or from its base model."""
+        module = _submodule(self.hf, name)
+        if module is None:
+            module = _submodule(self.hf.base_model, name)
+        if module is None:
+            raise SaekitError(f"no site {name}; nearest: {', '.join(self._nearest(name)) or 'none'}")
+        seen = self._seen.get(module)
+        reason = hooks.unfit(seen, TRIAL, ("B T D",))
+        if reason:
+            raise SaekitError(f"{name} {reason}; nearest: {', '.join(self._nearest(name)) or 'none'}")
+        assert seen is not None and seen.shape is not None, name
+        return Site(name, seen.shape[-1], self._inside.get(module, -1)), Point(module)
 
     def _nearest(self, name: str) -> list[str]:
+        """Up to three names of sites; for a name inside a block of TransformerLens, those of this block."""
         names = self.sites()
+        for root in dict.fromkeys((self.hf.base_model, self.hf)):
+            names += [p for p, m in root.named_modules() if p and not hooks.unfit(self._seen.get(m), TRIAL, ("B T D",))]
         match = re.match(r"blocks\.(\d+)\.", name)
-        if match:
-            names = [n for n in names if n.startswith(match[0])]
-        return difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        same = [n for n in names if n.startswith(match[0])] if match else []
+        return difflib.get_close_matches(name, same or names, n=3, cutoff=0.0)
 
-    def _locate(self, name: str, layer: int, kind: str) -> tuple[Site, _Point]:
+    @cached_property
+    def _seen(self) -> dict[nn.Module, Seen]:
+        """What every module does in one pass over TRIAL tokens."""
+        return self._try(lambda: hooks.observe(self.hf, lambda: self.hf(**self._arguments(self._ids(*TRIAL)))))
+
+    @cached_property
+    def _inside(self) -> dict[nn.Module, int]:
+        """Modules that the decoder runs without the head -> block that it lies in, or -1."""
+        blocks = {module: i for i, block in enumerate(self._blocks) for module in block.modules()}
+        return {module: blocks.get(module, -1) for module in self._decoder.modules()}
+
+    def _locate(self, name: str, layer: int, kind: str) -> tuple[Site, Point]:
         layout, config, D = self._layout, self.config, self.d_model
         block = self._blocks[layer]
         if kind in ("hook_resid_pre", "hook_resid_post"):
-            return Site(name, D, layer), _Point(block, "input" if kind == "hook_resid_pre" else "output", 1.0)
+            side = "input" if kind == "hook_resid_pre" else "output"
+            return Site(name, D, layer), Point(block, side, copy=layout is None)
         assert layout is not None, kind
         if kind == EMBED:
             scale = getattr(config, layout.embed_scale) if layout.embed_scale else 1.0
             module = self._decoder.get_submodule(layout.embed)
-            return Site(name, D, -1), _Point(module, "output", scale)
+            return Site(name, D, -1), Point(module, "output", scale, copy=False)
         if kind == "hook_resid_mid":
-            return Site(name, D, layer), _Point(block.get_submodule(layout.mid), "input", 1.0)
+            return Site(name, D, layer), Point(block.get_submodule(layout.mid), "input", copy=False)
         if kind in ("hook_attn_out", "hook_mlp_out"):
             scale = getattr(config, layout.block_scale) if layout.block_scale else 1.0
             path = layout.attn_out if kind == "hook_attn_out" else layout.mlp_out
-            return Site(name, D, layer), _Point(block.get_submodule(path), "output", scale)
+            return Site(name, D, layer), Point(block.get_submodule(path), "output", scale, copy=False)
         if kind == "attn.hook_z":
             module, heads = block.get_submodule(layout.z), config.num_attention_heads
             d = _reads(module)
-            return Site(name, d, layer, heads, d // heads), _Point(module, "input", 1.0)
+            return Site(name, d, layer, heads, d // heads), Point(module, "input", copy=False)
         assert kind == "mlp.hook_post", kind
         module = block.get_submodule(layout.post)
-        return Site(name, _reads(module), layer), _Point(module, "input", 1.0)
+        return Site(name, _reads(module), layer), Point(module, "input", copy=False)
 
     @cached_property
     def _stream_is_plain(self) -> bool:
-        """Whether each block reads exactly the (B, T, D) tensor that the one before it returned.
+        """Whether each block runs once and reads exactly the (B, T, D) tensor that the one before it returned.
 
-        Tried on four tokens, for architectures that have no layout of their own.
+        Tried for architectures that have no layout of their own.
         """
-        reads: dict[int, Tensor] = {}
-        returns: dict[int, Tensor] = {}
-        ids_BT = torch.arange(4, device=self.device)[None] % self.vocab_size
+        reads: list[list[Tensor]] = [[] for _ in self._blocks]
+        returns: list[list[Tensor]] = [[] for _ in self._blocks]
 
         def listen(i, block):
-            def before(_, args, kwargs):
-                reads[i] = _first(args, kwargs).clone()
+            def note(into: list[Tensor], x):
+                if isinstance(x, Tensor):
+                    # a later block may write into it
+                    into.append(x.clone())
 
-            def after(_, args, output):
-                returns[i] = _tensor(output).clone()
+            return [
+                block.register_forward_pre_hook(
+                    lambda _, args, kwargs: note(reads[i], hooks.read(args, kwargs)), with_kwargs=True
+                ),
+                block.register_forward_hook(lambda _, args, output: note(returns[i], hooks.first(output))),
+            ]
 
-            return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        def run():
+            with hooks.registered(h for i, block in enumerate(self._blocks) for h in listen(i, block)):
+                self._decoder(**self._arguments(self._ids(*TRIAL)))
 
-        with self._running(), _hooks(h for i, block in enumerate(self._blocks) for h in listen(i, block)):
-            self._decoder(input_ids=ids_BT, use_cache=False)
-        layers = range(self.n_layers)
-        return (
-            all(i in reads and i in returns for i in layers)
-            and all(x.shape == (1, 4, self.d_model) for x in [*reads.values(), *returns.values()])
-            and all(torch.equal(returns[i], reads[i + 1]) for i in layers[:-1])
+        self._try(run)
+        if not self._blocks or any(len(x) != 1 for x in reads + returns):
+            return False
+        return all(x.shape == (*TRIAL, self.d_model) for (x,) in reads + returns) and all(
+            torch.equal(x, y) for (x,), (y,) in zip(returns[:-1], reads[1:])
         )
 
     @cached_property
     def causal(self) -> bool:
         """Whether a token leaves everything before it as it was, tried by changing the last of eight tokens."""
-        ids_BT = torch.arange(8, device=self.device).repeat(2, 1) % self.vocab_size
-        ids_BT[1, -1] = (ids_BT[1, -1] + 1) % self.vocab_size
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        x_BTD = self.capture(ids_BT, [last])[last].float()
+        ids_T = self._ids(1, 9)[0]
+        ids_BT = torch.stack([ids_T[:8], torch.cat([ids_T[:7], ids_T[8:]])])
+        x_BTD = self._try(lambda: self._decoder(**self._arguments(ids_BT)))[0].float()
         # equal tokens in two rows of a batch may differ by rounding; a token that is read makes a larger difference
         tolerance = 1e-5 if self.compute == "fp32" else 1e-2
         return bool((x_BTD[0, :-1] - x_BTD[1, :-1]).abs().max() <= tolerance * x_BTD[:, :-1].abs().max())
+
+    def _ids(self, B: int, T: int) -> Tensor:
+        """Token ids to try things with; no padding, which some models leave out of attention unasked."""
+        padding = getattr(self.config, "pad_token_id", None)
+        some = [i for i in range(min(self.vocab_size, B * T + 1)) if i != padding]
+        return torch.tensor([some[i % len(some)] for i in range(B * T)], device=self.device).reshape(B, T)
+
+    @torch.no_grad()
+    def _try(self, run: Callable[[], Any]) -> Any:
+        """The result of a trial pass. Raises SaekitError if the model cannot do it from token ids alone."""
+        try:
+            with self._running():
+                return run()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise SaekitError(
+                f"{self.architecture} does not run on token ids alone ({type(error).__name__}: {one_line(error)}); "
+                "give another model"
+            ) from error
 
     # Passes
 
@@ -422,25 +541,9 @@ class LanguageModel:
         Raises SaekitError for a name that is no site of this model.
         """
         points = {name: self._site(name)[1] for name in sites}
-        found: dict[str, Tensor] = {}
-
-        def hook(name, point):
-            def keep(x):
-                found[name] = x if point.scale == 1.0 else x * point.scale
-                if len(found) == len(points):
-                    raise _Enough
-
-            return _listen(point, keep)
-
-        with self._running(), _hooks(hook(name, point) for name, point in points.items()):
-            try:
-                self._decoder(input_ids=ids_BT.to(self.device), attention_mask=attention_mask, use_cache=False)
-            except _Enough:
-                return {name: found[name] for name in sites}
-        silent = sorted(points.keys() - found.keys())
-        raise SaekitError(
-            f"{', '.join(silent)}: the model did not come past there in a forward pass; choose another site"
-        )
+        model = self._decoder if all(point.module in self._inside for point in points.values()) else self.hf
+        with self._running():
+            return hooks.capture(points, lambda: model(**self._arguments(ids_BT, attention_mask)))
 
     @torch.no_grad()
     def logits(self, ids_BT: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Float[Tensor, "B T V"]:
@@ -461,13 +564,17 @@ class LanguageModel:
         Where fn returns x itself, the logits are those of `logits` to the bit.
         """
         point = self._site(site)[1]
-        with self._running(), _hooks([_splice(point, fn)]):
+        with self._running(), hooks.spliced(point, fn):
             return self._head(ids_BT, attention_mask)
 
     def _head(self, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.hf.get_output_embeddings() is None:
             raise SaekitError(f"{self.architecture} has no language-model head; give a causal language model")
-        return self.hf(input_ids=ids_BT.to(self.device), attention_mask=attention_mask, use_cache=False).logits
+        return self.hf(**self._arguments(ids_BT, attention_mask)).logits
+
+    def _arguments(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return {"input_ids": ids_BT.to(self.device), "attention_mask": mask, "use_cache": False}
 
     @contextmanager
     def _running(self):
@@ -478,16 +585,19 @@ class LanguageModel:
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()
             stack.callback(logging.set_verbosity, verbosity)
-            training = [m for m in self.hf.modules() if m.training]
-            if training:
-                self.hf.eval()
-                stack.callback(lambda: [setattr(m, "training", True) for m in training])
-            attention = self.config._attn_implementation
-            if attention != self.attention:
+            stack.enter_context(hooks.evaluating(self.hf))
+            if self._decoder.config._attn_implementation != self.attention:
+                config = self.hf.config
+                parts = {key: getattr(config, key) for key in config.sub_configs}
+                found = {key: part._attn_implementation for key, part in {"": config, **parts}.items() if part}
                 self.hf.set_attn_implementation(self.attention)
-                stack.callback(self.hf.set_attn_implementation, attention)
-            effective = self.config._attn_implementation
-            assert effective == self.attention, f"attention is {effective}, not {self.attention}"
+                stack.callback(self.hf.set_attn_implementation, found)
+            effective = self._decoder.config._attn_implementation
+            if effective != self.attention:
+                raise SaekitError(
+                    f"attention of {self.architecture} is {effective} and cannot be changed to {self.attention}; "
+                    f"pass --attention {effective}, or load the model with attn_implementation={self.attention!r}"
+                )
             if self.compute == "bf16-autocast":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             yield
@@ -512,82 +622,11 @@ class LanguageModel:
         return Unembedding(W_U_VD, f"before the model's soft cap of the logits at ±{cap:g}" if cap else "")
 
 
-# Loading
-
-
-def _load(name: str, device: str, compute: str) -> LanguageModel:
-    import transformers
-    from transformers.utils import logging
-
-    if name == "saekit:demo":
-        folder, gguf = DEMO, None
-        if not (folder / "config.json").is_file():
-            raise SaekitError(
-                "saekit:demo is not part of this installation; install saekit again or name another model"
-            )
-    else:
-        folder, gguf = _where(name)
-    target = resolve_device(device)
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **({"gguf_file": gguf} if gguf else {})
-        )
-        hf, info = loaded
-        tokenizer = _load_tokenizer(folder, gguf)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise SaekitError(f"cannot load model {name}: {_why(error, folder)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise SaekitError(
-            f"cannot load model {name}: {len(missing)} weights are missing in it, {missing[0]} among them; "
-            f"they would be random (loaded as {type(hf).__name__})"
-        )
-    return LanguageModel(hf.to(target), tokenizer, id=name, compute=compute, owned=True)
-
-
-def _where(name: str) -> tuple[str | Path, str | None]:
-    """Folder or hub name, and the .gguf file in it if that is what to read."""
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise SaekitError(f"cannot load model {name}: no such file")
-        _need_gguf(name)
-        return path.parent, path.name
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path, None
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            _need_gguf(name)
-            return path, files[0].name
-        raise SaekitError(f"cannot load model {name}: no config.json there")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SaekitError(f"cannot load model {name}: no such folder; give a folder, a .gguf file or a hub name")
-    return name, None
-
-
-def _need_gguf(name: str):
-    from importlib.util import find_spec
-
-    if find_spec("gguf") is None or find_spec("accelerate") is None:
-        raise SaekitError(f"reading {name} needs gguf and accelerate: pip install 'saekit[gguf]'")
-
-
-def _load_tokenizer(folder: str | Path, gguf: str | None):
-    """The model's tokenizer; None for a folder that holds none."""
-    import transformers
-
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-    if isinstance(folder, Path) and gguf is None and not any((folder / f).is_file() for f in files):
+        return root.get_submodule(path) if path else None
+    except AttributeError:
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
 
 
 def _cast(hf: nn.Module, dtype: torch.dtype):
@@ -598,104 +637,6 @@ def _cast(hf: nn.Module, dtype: torch.dtype):
             tensor.data = tensor.data.to(dtype)
 
 
-def _why(error: BaseException, folder: str | Path) -> str:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if isinstance(folder, Path) or not isinstance(error, OSError):
-        return _one_line(error)
-    if HF_HUB_OFFLINE:
-        return "no such folder, and it is not in the local cache while HF_HUB_OFFLINE is set"
-    return f"no such folder, and the hub says: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-# Fingerprints
-
-
-def weights_fingerprint(hf: nn.Module) -> str:
-    """`sha256:…` over lines `name dtype shape sha256(bytes)` of all parameters and persistent buffers, sorted by name."""
-
-    def line(item: tuple[str, Tensor]) -> str:
-        name, tensor = item
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        digest = hashlib.sha256(raw.numpy().data).hexdigest()
-        return f"{name} {str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape))} {digest}\n"
-
-    # hashing lets go of the interpreter: two threads read two tensors
-    with ThreadPoolExecutor(4) as pool:
-        lines = list(pool.map(line, sorted(hf.state_dict().items())))
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """`sha256:…` of the serialised tokenizer, without its padding and truncation settings, and the special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        state["truncation"] = state["padding"] = None
-    else:
-        state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-        state["merges"] = [list(pair) for pair in getattr(tokenizer, "bpe_ranks", {})]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    text = json.dumps([state, special], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-# Hooks
-
-
-@contextmanager
-def _hooks(handles):
-    """Registers the handles as the iterable is read and removes them at the end, whatever happens."""
-    registered = []
-    try:
-        registered.extend(handles)
-        yield
-    finally:
-        for handle in registered:
-            handle.remove()
-
-
 def _reads(module: nn.Module) -> int:
     """Width of what a projection reads; Transformers' Conv1D keeps its weight transposed."""
     return module.in_features if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0]
-
-
-def _tensor(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _first(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _listen(point: _Point, keep: Callable[[Tensor], None]):
-    if point.side == "input":
-        return point.module.register_forward_pre_hook(lambda _, args, kw: keep(_first(args, kw)), with_kwargs=True)
-    return point.module.register_forward_hook(lambda _, args, output: keep(_tensor(output)))
-
-
-def _splice(point: _Point, fn: Callable[[Tensor], Tensor]):
-    if point.side == "input":
-        # in place, because a block adds the very tensor that its norm reads to what comes behind
-        def before(_, args, kwargs):
-            x = _first(args, kwargs)
-            x.copy_(fn(x.clone()))
-
-        return point.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_, args, output):
-        x = _tensor(output)
-        if point.scale == 1.0:
-            new = fn(x).to(x.dtype)
-        else:
-            y = x * point.scale
-            # the change alone is scaled back, so that no change is exactly none
-            new = x + (fn(y) - y).to(x.dtype) / point.scale
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    return point.module.register_forward_hook(after)

@@ -56,9 +56,11 @@ class Progress:
 
     def _show(self, final: bool = False, failed: bool = False):
         seconds = time.monotonic() - self.start
-        share = min(1.0, self.done / self.total) if self.total else 1.0
+        share = min(1.0, self.done / self.total) if self.total else 0.0
         filled = round(share * WIDTH)
-        parts = [f"{self.name:<10} {'█' * filled}{'░' * (WIDTH - filled)} {self.done:,} of {self.total:,} {self.unit}"]
+        # a total of 0 is one that is not known
+        whole = f" of {self.total:,}" if self.total else ""
+        parts = [f"{self.name:<10} {'█' * filled}{'░' * (WIDTH - filled)} {self.done:,}{whole} {self.unit}"]
         if self.note:
             parts.append(self.note)
         if self.rate and seconds > 0:

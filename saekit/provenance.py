@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from saekit.model import LanguageModel
     from saekit.sae import SAE
+    from saekit.store.rows import RowSource
 
 
 def find_store(sae: "SAE", store: "Store | str | Path | None", *, force: bool = False) -> Store:
@@ -38,6 +39,8 @@ def _trained_on(sae: "SAE") -> Store:
     if path is None or not path.is_file():
         raise SaekitError(f"{name} does not say which store it was trained on; pass --store")
     recorded = json.loads(path.read_text(encoding="utf-8"))["store"]
+    if recorded.get("streamed"):
+        raise SaekitError(f"{name} was trained from a stream, of which no store is left; collect one and pass --store")
     for candidate in (recorded["absolute"], recorded["path"]):
         if Path(candidate).is_dir():
             store = open_store(candidate)
@@ -50,7 +53,7 @@ def _trained_on(sae: "SAE") -> Store:
     raise SaekitError(f"the store of {name}, {recorded['absolute']}, is not there; pass --store")
 
 
-def only_site(store: Store) -> str:
+def only_site(store: "RowSource") -> str:
     """The store's one site; SaekitError with the choice if it holds several."""
     if len(store.sites) > 1:
         raise SaekitError(f"{store.path} holds {len(store.sites)} sites: {', '.join(store.sites)}; pass --site")
@@ -70,6 +73,8 @@ def find_model(store: Store, model, *, device: str = "auto", force: bool = False
     from saekit.model import LanguageModel, load_model
 
     entry = store.manifest["model"]
+    if model is None and entry["layers"] is None:
+        raise SaekitError(f"{store.path} was collected from {entry['id']}, which is no language model; pass --tiers 1")
     lm = model if isinstance(model, LanguageModel) else load_model(model or entry["id"], device=device, compute="fp32")
     if lm.weights_fingerprint != entry["weights_fingerprint"] and not force:
         raise SaekitError(

@@ -1,4 +1,4 @@
-"""The one training loop: a store, a list of Trainers, schedule, checkpoints, log.
+"""The one training loop: a store or a stream, a list of Trainers, schedule, checkpoints, log.
 
     sae = sk.train(sk.TopK(k=32), store, out="saes/gpt2-topk")
 
@@ -9,9 +9,7 @@ from the last checkpoint, with the same result to the bit.
 
 import dataclasses
 import json
-import os
 import platform
-import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +19,15 @@ from saekit_kernels import explain
 
 import saekit
 from saekit.checkpoint import checkpoints, restore_checkpoint, save_checkpoint
-from saekit.config import RunOptions
+from saekit.config import RunOptions, StreamOptions
 from saekit.errors import SaekitError
+from saekit.interrupt import Stop
 from saekit.progress import Progress
 from saekit.provenance import only_site
 from saekit.sae import CONFIG, SAE
 from saekit.store import Store, open_store
 from saekit.store.format import atomic_write, pretty_json, take_lock
+from saekit.store.rows import RowSource
 from saekit.trainer import FIT_ROWS, InputStatistics, Trainer
 from saekit.variants import Variant
 
@@ -35,22 +35,64 @@ from saekit.variants import Variant
 FREE_OPTIONS = ("log_every", "checkpoint_every")
 
 
-def train(variant: Variant, store: Store | str | Path, *, out: str | Path, **options) -> SAE:
+def train(
+    variant: Variant,
+    store: RowSource | str | Path | None = None,
+    *,
+    out: str | Path,
+    stream: StreamOptions | None = None,
+    model=None,
+    **options,
+) -> SAE:
     """Trains one SAE on a store and returns it; `options` are those of RunOptions.
+
+    With `stream` (text and how it is read) and `model` (what `load_model` takes; None = `stream.stream`) activations are
+    computed on the way, in the order of a store read by whole sequences, and nothing but the SAE is written.
 
     `out` absent or empty: a run begins; an unfinished run of the same options and store: it continues. Anything else is
     refused with a SaekitError, before the first step.
     """
-    options = RunOptions(**options)
-    if not isinstance(store, Store):
-        store = open_store(store)
-    return Run(variant, store, Path(out), options).train()
+    options, out = RunOptions(**options), Path(out)
+    return Run(variant, open_source(store, stream, out, options, model), out, options).train()
+
+
+def open_source(
+    store: RowSource | str | Path | None, stream: StreamOptions | None, out: Path, options: RunOptions, model=None
+) -> RowSource:
+    """What a run reads: a store, or a stream that begins or goes on in `out/stream`."""
+    if isinstance(store, RowSource):
+        return store
+    model = model or (stream.stream if stream else None)
+    if model is None:
+        if stream is not None and stream.text:
+            raise SaekitError("--text goes with --stream MODEL; without a store to read, name the model")
+        if store is None:
+            raise SaekitError("no store named; give one, or --stream MODEL with --site and --text")
+        return open_store(store)
+    if store is not None:
+        raise SaekitError(f"give a store ({store}) or --stream, not both")
+    if options.site is None:
+        raise SaekitError("no site named; pass --site, for example --site blocks.6.hook_resid_post")
+    if out.exists():
+        refuse_foreign_run(out)
+    from saekit.stream import open_stream
+
+    assert stream is not None
+    made = not out.exists()
+    try:
+        return open_stream(
+            model, stream, site=options.site, out=out, statistics_rows=options.statistics_rows, device=options.device
+        )
+    except SaekitError:
+        if made and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 class Run:
     """One run: what was resolved before step 0, and the loop."""
 
-    def __init__(self, variant: Variant, store: Store, out: Path, options: RunOptions):
+    def __init__(self, variant: Variant, store: RowSource, out: Path, options: RunOptions):
         self.store, self.out, self.options = store, out, options
         self.site = only_site(store) if options.site is None else options.site
         D = store.d(self.site)
@@ -71,7 +113,7 @@ class Run:
             raise SaekitError(
                 f"one step needs --batch {options.batch:,} rows, the run has {wanted:,}; lower --batch or collect more"
             )
-        statistics = store.statistics(self.site)
+        statistics = store.statistics(self.site, options.statistics_rows)
         self.statistics = InputStatistics(torch.from_numpy(statistics.mean_D.copy()), statistics.total_variance)
         self.checkpoint_every = options.checkpoint_every or max(200, self.steps // 20)
 
@@ -119,12 +161,9 @@ class Run:
 
     def _begin(self) -> bool:
         """Whether an unfinished run continues; refuses a folder that is something else."""
-        if (self.out / CONFIG).is_file():
-            raise SaekitError(f"{self.out} is a finished run; choose another --out")
+        refuse_foreign_run(self.out)
         path = self.out / "run.json"
         if not path.is_file():
-            if any(p.name != LOCK for p in self.out.iterdir()):
-                raise SaekitError(f"{self.out} is not empty and not a run; choose another --out")
             return False
         first = json.loads(path.read_text())
         now = self._identity()
@@ -169,6 +208,7 @@ class Run:
                 "path": str(self.store.path),
                 "absolute": str(Path(self.store.path).resolve()),
                 "fingerprint": self.store.fingerprint,
+                "streamed": not isinstance(self.store, Store),
             },
             "environment": {
                 "device": str(trainer.device),
@@ -198,6 +238,7 @@ class Run:
             epochs=o.epochs,
             split=o.split,
             ram=o.ram,
+            block=o.block,
             outliers=o.outliers,
             state=state,
         )
@@ -330,6 +371,14 @@ def cut_back(metrics: Path, step: int):
 LOCK = ".lock"
 
 
+def refuse_foreign_run(out: Path):
+    """SaekitError if the folder is neither empty nor an unfinished run."""
+    if (out / CONFIG).is_file():
+        raise SaekitError(f"{out} is a finished run; choose another --out")
+    if not (out / "run.json").is_file() and any(p.name not in (LOCK, "stream") for p in out.iterdir()):
+        raise SaekitError(f"{out} is not empty and not a run; choose another --out")
+
+
 @contextmanager
 def claimed(out: Path):
     """An advisory lock on the run's folder, held to the end; a folder that this call made and left empty is removed."""
@@ -346,43 +395,3 @@ def claimed(out: Path):
         handle.close()
         if made and not any(out.iterdir()):
             out.rmdir()
-
-
-class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.previous: dict = {}
-
-    def __enter__(self) -> "Stop":
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass  # not the main thread: signals are somebody else's
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, _frame):
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.signal = number
-
-    def leave(self, message: str):
-        """KeyboardInterrupt for Ctrl-C, Terminated for SIGTERM, with the message."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt(message)
-        raise Terminated(message)
-
-
-class Terminated(SystemExit):
-    """SIGTERM after the saving: exit code 143, with what the command line says."""
-
-    def __init__(self, message: str):
-        super().__init__(143)
-        self.message = message

@@ -37,6 +37,32 @@ def test_the_readme_snippet_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
     assert (tmp_path / "saes/gpt2-topk/evaluation.json").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:a window of")
+def test_the_snippet_of_modules_and_streams_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "inputs=batches" in block)
+    swaps = {
+        '"layers.3"': '"1"',
+        '"gpt2"': repr(str(tiny_model)),
+        "blocks.6.hook_resid_post": "blocks.1.hook_resid_post",
+        '("data/*.jsonl",)': f"({str(tiny_text)!r},), context=64",
+        'out="saes/gpt2-streamed"': 'out="saes/gpt2-streamed", batch=512',
+        "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)",
+    }
+    for old, new in swaps.items():
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    import torch
+
+    import saekit as sk
+
+    module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU())
+    names = {"sk": sk, "module": module, "batches": [torch.randn(16, 3) for _ in range(4)]}
+    exec(code, names)
+    assert names["store"].rows == 64 and (tmp_path / "saes/gpt2-streamed/config.json").is_file()
+
+
 @pytest.mark.parametrize(
     "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )

@@ -1,5 +1,7 @@
 """Metrics against a dense float64 reference, and what must hold whatever the SAE."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,27 @@ def splice(sae, store, lm, batch=16):
     sequences = np.arange(min(40, store.n_sequences))
     mean = torch.from_numpy(store.statistics(SITE).mean_D.copy())
     return language_model_metrics(spliced_losses(sae, store, lm, SITE, sequences, mean, batch), 0)
+
+
+@pytest.mark.parametrize("packing", ["join", "isolate", "separate"])
+def test_losses_are_those_of_what_the_model_saw(tiny_model, tiny_text, tmp_path, packing):
+    """The clean loss, computed one stretch at a time: a sequence, or under `isolate` one document of it."""
+    store = sk.collect(
+        tiny_model, site=SITE, text=tiny_text, out=tmp_path / "a", context=64, tokens=2000, packing=packing
+    )
+    lm, table = load_model(str(tiny_model), compute="fp32"), store.table
+    metrics = splice(random_sae(store), store, lm)
+    losses = []
+    for s in range(min(40, store.n_sequences)):
+        a, b = int(table.seq_start[s]), int(table.seq_start[s + 1])
+        inside = [int(r) for r in table.run_start if a + 1 < r < b] if packing == "isolate" else []
+        for c, d in itertools.pairwise([a, *inside, b]):
+            ids = torch.from_numpy(table.token[c:d].astype(np.int64))
+            logp = lm.logits(ids[None])[0, :-1].log_softmax(-1)
+            # BOS and EOS, ids 0 and 1, are no text to predict
+            losses += [-logp[t, i].item() for t, i in enumerate(ids[1:].tolist()) if i > 1]
+    assert metrics["ce_clean"].n == len(losses)
+    assert metrics["ce_clean"].value == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_identity_recovers_all_of_the_loss(store, tiny_model):

@@ -13,7 +13,9 @@ import transformers as tf
 from torch import nn
 
 from saekit.errors import SaekitError
-from saekit.model import LAYOUTS, load_model, tokenizer_fingerprint, weights_fingerprint
+from saekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from saekit.model import LAYOUTS, load_model
+from saekit.progress import Progress
 
 SIZES = {
     "vocab_size": 300,
@@ -229,9 +231,121 @@ def test_architectures_without_a_layout_have_the_residual_stream_alone(ids_BT):
             hidden = copy.deepcopy(lm.hf)(ids_BT, output_hidden_states=True, use_cache=False).hidden_states
         assert close(x["blocks.1.hook_resid_pre"], hidden[1])
         with pytest.raises(
-            SaekitError, match=r"blocks.0.hook_attn_out is not known for .*; use hook_resid_pre or hook"
+            SaekitError,
+            match=r"blocks.0.hook_attn_out is not known for .*; use hook_resid_pre or hook_resid_post or a module path",
         ):
             lm.check_site("blocks.0.hook_attn_out")
+
+
+def test_a_hybrid_offers_at_each_layer_what_runs_there(ids_BT):
+    """Layer 0 of this LFM2 has a convolution, layer 1 attention: neither has the other's modules."""
+    config = tf.Lfm2Config(
+        **{k: v for k, v in GROUPED.items() if k != "head_dim"}, layer_types=["conv", "full_attention"]
+    )
+    lm = load_model((tiny(config), None), compute="fp32")
+    paths = ["layers.0.conv", "layers.1.self_attn", "layers.0.feed_forward", "layers.1.feed_forward"]
+    for site, x in lm.capture(ids_BT, lm.sites() + paths).items():
+        assert x.shape == (2, 24, 64) and (x.abs().sum(-1) > 0).all(), site
+    for name in ("layers.0.self_attn", "layers.1.conv", "blocks.0.attn.hook_result", "blocks.1.hook_mlp_in"):
+        with pytest.raises(SaekitError, match=f"^no site {name}; nearest: ") as error:
+            lm.check_site(name)
+        suggested = str(error.value).partition("nearest: ")[2].split(", ")
+        for site, x in lm.capture(ids_BT, suggested).items():
+            assert (x.abs().sum(-1) > 0).all(), site
+    # its forward pass calls the weights of this module, not the module
+    with pytest.raises(
+        SaekitError, match=r"^layers.0.conv.conv does not run in a forward pass; nearest: layers.0.conv"
+    ):
+        lm.check_site("layers.0.conv.conv")
+
+
+def test_one_block_in_two_places_has_no_hook_names(ids_BT):
+    """A name inside a block would mean two places of the pass."""
+    model = tiny(CONFIGS["llama"]())
+    model.model.layers[1] = model.model.layers[0]
+    lm = load_model((model, None), compute="fp32")
+    assert lm.sites() == []
+    with pytest.raises(SaekitError, match="blocks.1.hook_resid_post is not one tensor in Llama; use a module path"):
+        lm.check_site("blocks.1.hook_resid_post")
+    with pytest.raises(SaekitError, match=r"^layers.0.mlp runs 2 times in one forward pass; nearest: "):
+        lm.check_site("layers.0.mlp")
+
+
+# Module paths
+
+
+def test_a_module_path_is_what_the_module_returns(models, ids_BT):
+    lm, seen = models("llama"), {}
+    # from the model as loaded, and from its base model; attention returns a tuple
+    paths = {"model.layers.1.self_attn": 64, "layers.1.self_attn": 64, "layers.1.mlp.up_proj": 128, "norm": 64}
+    modules = {path: lm.hf.get_submodule(path if path.startswith("model.") else f"model.{path}") for path in paths}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, y, path=path: seen.__setitem__(path, y[0] if isinstance(y, tuple) else y)
+        )
+        for path, module in modules.items()
+    ]
+    with torch.no_grad():
+        logits = lm.hf(ids_BT, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    x = lm.capture(ids_BT, list(paths))
+    for path, d in paths.items():
+        assert torch.equal(x[path], seen[path]) and x[path].shape == (2, 24, d) and lm.check_site(path).d == d
+    assert (lm.check_site("layers.1.mlp").layer, lm.check_site("norm").layer) == (1, -1)
+    # a path may lie in the head
+    assert torch.equal(lm.capture(ids_BT, ["lm_head"])["lm_head"], logits)
+
+
+def test_replacing_at_a_module_path(models, ids_BT):
+    """In a Llama these modules return what attention and MLP add, which have hook names as well."""
+    lm = models("llama")
+    for path, name in (
+        ("layers.0.self_attn", "blocks.0.hook_attn_out"),
+        ("model.layers.1.mlp", "blocks.1.hook_mlp_out"),
+    ):
+        assert torch.equal(lm.replace(ids_BT, path, lambda x: x), lm.logits(ids_BT))
+        assert torch.equal(lm.replace(ids_BT, path, lambda x: 2 * x), lm.replace(ids_BT, name, lambda x: 2 * x))
+        assert not close(lm.replace(ids_BT, path, lambda x: 2 * x), lm.logits(ids_BT))
+
+
+def test_blocks_may_be_a_module_path_too(ids_BT):
+    """The base model of MPT calls its layers `blocks`; TransformerLens' names go first."""
+    lm = load_model((tiny(tf.MptConfig(vocab_size=300, d_model=64, n_layers=2, n_heads=4)), None), compute="fp32")
+    x = lm.capture(ids_BT, ["blocks.1.ffn.up_proj", "blocks.1.hook_resid_post"])
+    assert x["blocks.1.ffn.up_proj"].shape == (2, 24, 256)
+    with pytest.raises(SaekitError, match=r"^no site blocks.1.ffn.up; nearest: blocks.1.ffn, blocks.1.ffn.up_proj, "):
+        lm.check_site("blocks.1.ffn.up")
+
+
+def test_a_value_that_is_overwritten_later_in_the_pass(ids_BT):
+    """Falcon adds attention to what its MLP returned, in place: several sites in one pass equal each one alone."""
+    config = tf.FalconConfig(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    lm = load_model((tiny(config), None), compute="fp32")
+    sites = ["h.0.mlp", "h.1.mlp", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    together = lm.capture(ids_BT, sites)
+    for site in sites:
+        assert torch.equal(together[site], lm.capture(ids_BT, [site])[site]), site
+
+
+@pytest.mark.parametrize(
+    "site, message",
+    [
+        ("layers.1.mlpp", "no site layers.1.mlpp; nearest: layers.1.mlp, "),
+        ("model.layers.2.mlp", "no site model.layers.2.mlp; nearest: model.layers."),
+        ("layers", "layers does not run in a forward pass; nearest: layers."),
+        ("model", "model returns a BaseModelOutputWithPast; nearest: "),
+        ("rotary_emb", "rotary_emb returns shape (1, 4, 16), not (B, T, D) with B = 2, T = 4; nearest: "),
+        ("", "no site ; nearest: "),
+    ],
+)
+def test_modules_that_are_no_sites(models, site, message):
+    lm = models("llama")
+    with pytest.raises(SaekitError) as error:
+        lm.check_site(site)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    for suggested in str(error.value).partition("nearest: ")[2].split(", "):
+        assert lm.check_site(suggested).name == suggested
 
 
 @pytest.mark.parametrize(
@@ -266,8 +380,8 @@ def test_other_names_are_refused_in_one_line(models, model, site, message):
     with pytest.raises(SaekitError) as error:
         lm.check_site(site)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
-    suggested = str(error.value).partition("nearest: ")[2]
-    assert all(name in lm.sites() for name in suggested.split(", ") if name)
+    for suggested in str(error.value).partition("nearest: ")[2].split(", "):
+        assert not suggested or lm.check_site(suggested).name == suggested
 
 
 def test_the_pass_ends_at_the_last_site(models, ids_BT):
@@ -346,6 +460,54 @@ def test_the_callers_model_is_left_as_it_was_found(ids_BT):
     with pytest.raises(KeyError):
         lm.replace(ids_BT, "blocks.0.hook_resid_mid", fail)
     assert state_of(model) == before and weights_fingerprint(model) == fingerprint
+
+
+def test_which_attention_runs(models, ids_BT, tiny_model):
+    site = "blocks.1.hook_resid_post"
+    model = tiny(CONFIGS["llama"]())
+    before = state_of(model)
+    lm = load_model((model, None), compute="fp32", attention="eager")
+    assert lm.attention == lm.manifest_entry()["attention"] == "eager"
+    # the two compute the same by other arithmetic
+    x, y = lm.capture(ids_BT, [site])[site], models("llama").capture(ids_BT, [site])[site]
+    assert close(x, y, 1e-5) and not torch.equal(x, y)
+    assert state_of(model) == before
+    lm = load_model(tiny_model, compute="fp32", attention="eager")
+    assert lm.hf.config._attn_implementation == "eager"
+
+    mpt = tiny(tf.MptConfig(vocab_size=300, d_model=64, n_layers=2, n_heads=4))
+    assert load_model((mpt, None), compute="fp32").attention == "eager"
+    with pytest.raises(SaekitError, match="--attention sdpa: MptForCausalLM has none; use --attention eager"):
+        load_model((mpt, None), compute="fp32", attention="sdpa")
+    with pytest.raises(SaekitError, match="attention flash is not known; choose auto, sdpa or eager"):
+        load_model((mpt, None), compute="fp32", attention="flash")
+
+
+def test_attention_that_does_not_change_is_refused(monkeypatch):
+    """What is recorded is read back: this model ignores the request, as models of an older make do."""
+    model = tiny(CONFIGS["llama"]())
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(SaekitError, match="attention of LlamaForCausalLM is eager and cannot be changed to sdpa; pass"):
+        load_model((model, None), compute="fp32")
+    assert load_model((model, None), compute="fp32", attention="eager").attention == "eager"
+
+
+def test_a_loaded_model_is_not_loaded_again(models, tiny_model):
+    lm = models("llama")
+    assert load_model(lm, compute="fp32", attention="sdpa") is lm
+    for options in ({"compute": "bf16"}, {"attention": "eager"}, {"tokenizer": str(tiny_model)}):
+        with pytest.raises(SaekitError, match="LlamaForCausalLM was loaded with .*; give load_model "):
+            load_model(lm, **options)
+
+
+def test_exact_mode_of_a_half_precision_object_with_eager_attention(ids_BT):
+    """The copy has the attention that is recorded; the original keeps its own."""
+    model = tiny(CONFIGS["llama"]()).to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    lm = load_model((model, None), compute="fp32")
+    assert lm.attention == "sdpa" and lm.logits(ids_BT).dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_half_precision_object_is_copied_for_exact_mode():
@@ -528,16 +690,20 @@ def write_gguf(path, model, tokenizer, kind):
     writer.close()
 
 
-def test_gguf(tiny_model, tmp_path, ids_BT):
-    """Field case 10: the same logits from F32, nearly the same from eight bits, as a file or as a folder of only that."""
+def test_gguf(tiny_model, tmp_path, ids_BT, monkeypatch, capsys):
+    """The same logits from F32, nearly the same from eight bits, as a file or as a folder of only that; memory is said."""
     gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    monkeypatch.setattr(Progress, "quiet", False)
     original = load_model(tiny_model, compute="fp32")
     logits = original.logits(ids_BT)
+    # tied embedding 300 · 64, norms 64 · (2 · 2 + 1), attention 2 · 4 · 64 · 64, MLPs 2 · 3 · 64 · 128; four bytes each
+    assert 300 * 64 + 5 * 64 + 8 * 64**2 + 6 * 64 * 128 == 101_440
     for kind, tolerance in (("F32", 1e-4), ("Q8_0", 0.1)):
         (tmp_path / kind).mkdir()
         path = tmp_path / kind / "model.gguf"
         write_gguf(str(path), original.hf, original.tokenizer, gguf.GGMLQuantizationType[kind])
         lm = load_model(path, compute="fp32")
+        assert f"{path}: 101,440 weights, 396 KiB once unpacked to float32\n" in capsys.readouterr().err
         assert close(lm.logits(ids_BT), logits, tolerance)
         text = "def add(a, b):\n    return a + b\n"
         assert lm.tokenizer.encode(text, add_special_tokens=False) == original.tokenizer.encode(
@@ -548,14 +714,35 @@ def test_gguf(tiny_model, tmp_path, ids_BT):
     write_gguf(str(tmp_path / "broken.gguf"), original.hf, original.tokenizer, gguf.GGMLQuantizationType.F32)
     with pytest.raises(SaekitError, match="1 weights are missing in it, model.layers.1.mlp.up_proj.weight among them"):
         load_model(tmp_path / "broken.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "F32" / "model.gguf").read_bytes()[:64])
+    (tmp_path / "text.gguf").write_text("no model at all")
+    for name in ("cut.gguf", "text.gguf"):
+        with pytest.raises(SaekitError, match=f"^cannot load model {tmp_path}/{name}: ") as error:
+            load_model(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_of_another_model(tiny_model):
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny_model)
     config = CONFIGS["llama"]()
     config.vocab_size = 200
-    with pytest.raises(SaekitError, match="tokenizer has 300 ids but the model LlamaForCausalLM embeds 200"):
+    message = "tokenizer has 300 ids but the model LlamaForCausalLM embeds 200; .* pass --tokenizer$"
+    with pytest.raises(SaekitError, match=message):
         load_model((tiny(config), tokenizer))
+    with pytest.raises(SaekitError, match=message):
+        load_model(tiny(config), tokenizer=str(tiny_model))
+
+
+def test_a_tokenizer_from_elsewhere(tiny_model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    for model in (tmp_path, tiny(CONFIGS["llama"]())):
+        lm = load_model(model, compute="fp32", tokenizer=str(tiny_model))
+        own = load_model(tiny_model, compute="fp32")
+        assert lm.tokenizer_entry() == own.tokenizer_entry() and lm.tokenizer_entry()["id"] == str(tiny_model)
+    with pytest.raises(SaekitError, match=f"cannot load tokenizer {tmp_path}: ") as error:
+        load_model(tiny_model, tokenizer=str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_weights_fingerprint(tmp_path):

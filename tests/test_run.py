@@ -9,7 +9,8 @@ import torch
 import saekit as sk
 from saekit.checkpoint import checkpoints
 from saekit.errors import SaekitError
-from saekit.run import Run, Stop
+from saekit.interrupt import Stop
+from saekit.run import Run
 from saekit.trainer import Trainer
 
 

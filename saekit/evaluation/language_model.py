@@ -7,12 +7,15 @@ log-probabilities in float32 of the model's own head, at positions whose target 
 B sequences · T positions · V vocabulary.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from saekit.errors import SaekitError
 from saekit.evaluation.metrics import BlockSums, Metric
+from saekit.forward import cut_at_documents
 from saekit.model import LanguageModel
 from saekit.progress import Progress
 from saekit.sae import SAE
@@ -37,9 +40,13 @@ def spliced_losses(
     blocks = BlockSums(sequences)
     special = torch.tensor(sorted(store.manifest["special_tokens"]["dropped_ids"]), device=lm.device)
     checked = False
-    with Progress("splice", len(sequences), "sequences") as progress:
-        for part in np.array_split(sequences, max(1, -(-len(sequences) // batch))):
-            ids_BT, keep_BT, real_BT = _batch(table, part, lm)
+    starts, ends = table.seq_start[sequences], table.seq_start[sequences + 1]
+    if store.manifest["text"]["packing"] == "isolate":
+        starts, ends = cut_at_documents(table, sequences, int(store.manifest["special_tokens"]["prepend_bos"]))
+    budget = batch * store.manifest["context_length"]
+    with Progress("splice", int((ends - starts).sum()), "tokens") as progress:
+        for part in _chunks(ends - starts, budget):
+            ids_BT, keep_BT, real_BT = _batch(table, starts[part], ends[part], lm)
 
             def put(value, keep=keep_BT):
                 def replace(x):
@@ -63,7 +70,7 @@ def spliced_losses(
                 checked = True
             target = ids_BT[:, 1:]
             counted = real_BT[:, 1:] & ~torch.isin(target, special)
-            where = np.repeat(part, counted.sum(1).cpu().numpy())
+            where = np.repeat(table.seq_of(starts[part]), counted.sum(1).cpu().numpy())
             values = {"tokens": np.ones(len(where)), "clean": _nll(clean, target, counted)}
             for name, run in runs.items():
                 spliced = lm.replace(ids_BT, site, run)[:, :-1].float().log_softmax(-1)
@@ -75,13 +82,24 @@ def spliced_losses(
                     values["agree"] = (clean.argmax(-1) == spliced.argmax(-1))[counted].double().cpu().numpy()
                 del spliced
             blocks.add(where, **values)
-            progress.advance(len(part))
+            progress.advance(int((ends - starts)[part].sum()))
     return blocks
 
 
-def _batch(table, sequences: np.ndarray, lm: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
+def _chunks(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Numbers of the stretches that go through the model together: at most `budget` positions with padding, longest first.
+    One token predicts nothing."""
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 1]
+    first = 0
+    while first < len(order):
+        count = max(1, budget // int(lengths[order[first]]))
+        yield np.sort(order[first : first + count])
+        first += count
+
+
+def _batch(table, starts: np.ndarray, ends: np.ndarray, lm: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (B, T), positions that carry an activation, positions that are no padding; right padded with the last id."""
-    starts, ends = table.seq_start[sequences], table.seq_start[sequences + 1]
     T = int((ends - starts).max())
     index = np.minimum(starts[:, None] + np.arange(T), ends[:, None] - 1)
     real = np.arange(T) < (ends - starts)[:, None]

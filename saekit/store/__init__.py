@@ -1,4 +1,4 @@
-"""The activation store: `open_store` to read, `StoreWriter` to write, `saekit.store.format` for the layout."""
+"""The activation store: `open_store` to read, `StoreWriter` to write, `check`, and `format` for the layout."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,13 +7,14 @@ _HOMES = {
     "Store": "saekit.store.reader",
     "StoreWriter": "saekit.store.writer",
     "TokenTable": "saekit.store.format",
-    "check": "saekit.store.format",
+    "check": "saekit.store.integrity",
     "open_store": "saekit.store.reader",
 }
 __all__ = ["Store", "StoreWriter", "TokenTable", "check", "open_store"]
 
 if TYPE_CHECKING:
-    from saekit.store.format import TokenTable, check
+    from saekit.store.format import TokenTable
+    from saekit.store.integrity import check
     from saekit.store.reader import Store, open_store
     from saekit.store.writer import StoreWriter
 

@@ -1,8 +1,7 @@
-"""Layout of an activation store, and its check: numpy, safetensors and the standard library alone (docs/formats.md).
+"""Layout of an activation store: numpy, safetensors and the standard library alone (docs/formats.md).
 
     manifest = read_manifest(Path("acts/gpt2"))                 # SaekitError if this is not a finished store
     tensors = map_tensors(Path("acts/gpt2/tokens.safetensors")) # name -> array on the mapped file
-    problems = check(Path("acts/gpt2"))                         # [] if all is well
 
 `write_tensors` writes a safetensors file with its own header, so that equal content gives equal bytes; `atomic_write`
 gives a file its name only once it is whole. Both serve the feature index as well. bfloat16, which numpy does not know,
@@ -19,7 +18,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
@@ -27,7 +26,6 @@ from typing import BinaryIO, NamedTuple, TextIO
 import numpy as np
 
 from saekit.errors import SaekitError
-from saekit.progress import Progress
 
 FORMAT, VERSION = "saekit-activations", 1
 MANIFEST, TOKENS, STATISTICS, DOCUMENTS, STATE = (
@@ -156,40 +154,64 @@ class Entry(NamedTuple):
     end: int
 
 
+class Joined(NamedTuple):
+    """A one-dimensional tensor that is written piece after piece and never held whole."""
+
+    dtype: np.dtype
+    length: int
+    pieces: Callable[[], Iterable[np.ndarray]]
+    """Arrays of that dtype; a function, because a file may be written twice."""
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray | tuple[np.ndarray, str]], *, align: str | None = None
+    path: Path, tensors: Mapping[str, np.ndarray | tuple[np.ndarray, str] | Joined], *, align: str | None = None
 ) -> dict:
     """Write a safetensors file atomically and return `{"bytes": …, "sha256": …}`.
 
     Args:
-        tensors: name -> array, or (uint16 array, "BF16").
+        tensors: name -> array, (uint16 array, "BF16"), or `Joined`.
         align: name of the tensor that shall start at a multiple of 4096 bytes; without it data start at a multiple of 8.
 
     Data stand by falling item size and then in the order of `tensors`, without gaps; the header is compact JSON in the order of the
     data, padded with spaces, with the one metadata key `"saekit": "1"`. Equal tensors in equal order give equal bytes.
     """
-    arrays: dict[str, tuple[np.ndarray, str]] = {}
+    arrays: dict[str, tuple[Joined, str, list[int]]] = {}
     for name, value in tensors.items():
+        if isinstance(value, Joined):
+            arrays[name] = value, _TAG_OF[value.dtype], [value.length]
+            continue
         array, tag = value if isinstance(value, tuple) else (value, _TAG_OF[value.dtype])
         assert array.dtype == TAGS[tag], f"{name}: {array.dtype} cannot carry {tag}"
-        arrays[name] = (np.ascontiguousarray(array).reshape(array.shape), tag)
+        arrays[name] = Joined(array.dtype, array.size, lambda array=array: [array]), tag, list(array.shape)
     # sorted() is stable: tensors of one item size keep the order they were given in.
-    order = sorted(arrays, key=lambda name: -arrays[name][0].itemsize)
+    order = sorted(arrays, key=lambda name: -arrays[name][0].dtype.itemsize)
     header: dict[str, dict] = {"__metadata__": {"saekit": "1"}}
     offset = aligned = 0
     for name in order:
-        array, tag = arrays[name]
+        joined, tag, shape = arrays[name]
         aligned = offset if name == align else aligned
-        header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
+        end = offset + joined.length * joined.dtype.itemsize
+        header[name] = {"dtype": tag, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     unit = PAGE if align else 8
     text += b" " * (-(8 + len(text) + aligned) % unit)
     digest, size = hashlib.sha256(), 0
 
+    def parts() -> Iterator[bytes | memoryview]:
+        yield struct.pack("<Q", len(text))
+        yield text
+        for name in order:
+            joined, written = arrays[name][0], 0
+            for piece in joined.pieces():
+                assert piece.dtype == joined.dtype, f"{name}: {piece.dtype}, not {joined.dtype}"
+                written += piece.size
+                yield _bytes_of(piece)
+            assert written == joined.length, f"{name}: {written} items, not {joined.length}"
+
     def write(f: BinaryIO):
         nonlocal size
-        for part in [struct.pack("<Q", len(text)), text, *(_bytes_of(arrays[name][0]) for name in order)]:
+        for part in parts():
             view = memoryview(part)
             # Pieces of 4 MiB are hashed while they are still in the cache.
             for i in range(0, len(view), 1 << 22):
@@ -204,7 +226,7 @@ def write_tensors(
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     assert array.dtype.byteorder in "=|<", "stores are little-endian"
-    return array.reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -324,16 +346,69 @@ class TokenTable:
     def _run_of(self, position):
         return np.maximum(np.searchsorted(self.run_start, position, side="right") - 1, 0)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """In the order in which they stand in `tokens.safetensors`."""
-        return {
-            name: getattr(self, name)
-            for name in ("seq_start", "run_start", "run_doc", "run_position", "token", "stored")
-        }
+    def take(self, sequences: np.ndarray) -> "TokenTable":
+        """Some sequences, in the order given, as a table of their own; documents keep their numbers."""
+        starts, lengths = self.seq_start[sequences], np.diff(self.seq_start)[sequences]
+        seq_start = np.concatenate([[0], np.cumsum(lengths)])
+        position = np.arange(seq_start[-1]) + np.repeat(starts - seq_start[:-1], lengths)
+        first, last = (np.searchsorted(self.run_start, x) for x in (starts, starts + lengths))
+        before = np.concatenate([[0], np.cumsum(last - first)])
+        runs = np.arange(before[-1]) + np.repeat(first - before[:-1], last - first)
+        return TokenTable(
+            token=self.token[position],
+            stored=self.stored[position],
+            seq_start=seq_start,
+            run_start=self.run_start[runs] + np.repeat(seq_start[:-1] - starts, last - first),
+            run_doc=self.run_doc[runs],
+            run_position=self.run_position[runs],
+        )
 
-    def sha256(self) -> str:
-        """Over all ids as little-endian int32: two stores with the same value saw the same tokens."""
-        return hashlib.sha256(np.ascontiguousarray(self.token, dtype="<i4").data).hexdigest()
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
+
+    def sequences(self, first: int, last: int) -> "TokenTable":
+        """Sequences first to last - 1 as a table of their own; documents keep their numbers."""
+        a, b = self.seq_start[first], self.seq_start[last]
+        # no run crosses the border of a sequence
+        runs = slice(*(np.searchsorted(self.run_start, [a, b])))
+        return TokenTable(
+            token=self.token[a:b],
+            stored=self.stored[a:b],
+            seq_start=self.seq_start[first : last + 1] - a,
+            run_start=self.run_start[runs] - a,
+            run_doc=self.run_doc[runs],
+            run_position=self.run_position[runs],
+        )
+
+
+def join_tables(parts: Sequence[TokenTable]) -> dict[str, Joined]:
+    """Tensors of the table of several parts, one behind the other, each read when it is written."""
+    tokens = np.cumsum([0, *(p.n_tokens for p in parts)])
+
+    def joined(name: str, shift: bool = False, last: bool = True) -> Joined:
+        def pieces():
+            for i, (part, start) in enumerate(zip(parts, tokens)):
+                values = getattr(part, name) + start if shift else getattr(part, name)
+                # the end of a part is the start of the next one
+                yield values if last or i == len(parts) - 1 else values[:-1]
+
+        length = sum(len(getattr(p, name)) - (not last) for p in parts) + (not last)
+        return Joined(getattr(parts[0], name).dtype, length, pieces)
+
+    return {
+        "seq_start": joined("seq_start", shift=True, last=False),
+        "run_start": joined("run_start", shift=True),
+        **{name: joined(name) for name in ("run_doc", "run_position", "token", "stored")},
+    }
+
+
+def tokens_sha256(parts: Iterable[TokenTable]) -> str:
+    """Over all ids as little-endian int32: two stores with the same value saw the same tokens."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.token, dtype="<i4").data)
+    return digest.hexdigest()
 
 
 def read_tokens(path: Path) -> TokenTable:
@@ -396,6 +471,17 @@ def norm_histogram(norms: np.ndarray) -> np.ndarray:
     return np.bincount(np.clip(bins, 0, HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
 
 
+def row_norms(rows_nD: np.ndarray) -> np.ndarray:
+    """(n) float64 norms of stored rows, in blocks: a wide site in double would take gigabytes."""
+    n, d = rows_nD.shape
+    norms, block = np.empty(n), max(1, 65536 // d)
+    for start in range(0, n, block):
+        x = to_float32(rows_nD[start : start + block]).astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            norms[start : start + block] = np.sqrt((x * x).sum(1))
+    return norms
+
+
 def histogram_quantile(histogram: np.ndarray, q: float) -> float:
     """Norm below which the share q of the rows lies, interpolated on the logarithm inside its bin (error below 9 %)."""
     cumulative = np.cumsum(histogram)
@@ -425,6 +511,14 @@ def mean_and_variance(sums: Sums) -> tuple[np.ndarray, np.ndarray]:
     count = max(1.0, sums.norm_moments[0])
     mean = sums.sum / count
     return mean, np.maximum(sums.sum_squares / count - mean * mean, 0.0)
+
+
+def statistics_tensors(merged: Mapping[str, Sums]) -> dict[str, np.ndarray]:
+    """What `statistics.safetensors` holds."""
+    tensors = {}
+    for site, sums in merged.items():
+        tensors[f"{site}.mean"], tensors[f"{site}.variance"] = mean_and_variance(sums)
+    return tensors
 
 
 def site_summary(sums: Sums) -> dict:
@@ -513,12 +607,20 @@ def _no_manifest(folder: Path) -> str:
         return f"no such store: {folder}"
     if not (folder / STATE / "plan.json").is_file():
         return f"{folder} is not an activation store (no {MANIFEST}); saekit collect makes one"
-    text = folder / STATE / "text.json"
+    parts = sorted((folder / STATE).glob("tokens-*.json"))
+    if not parts or not json.loads(parts[-1].read_bytes())["last"]:
+        return f"{folder} is unfinished (its text is not read to the end); run its collect command again"
     done = len(list((folder / STATE).glob("[0-9]*.json")))
-    progress = (
-        f"{done} of {json.loads(text.read_bytes())['shards']} shards" if text.is_file() else "its text is not read yet"
+    return (
+        f"{folder} is unfinished ({done} of {len(parts)} shards); run its collect command again, "
+        "or with --finish to use what is there"
     )
-    return f"{folder} is unfinished ({progress}); run its collect command again"
+
+
+def read_plan(folder: Path) -> dict | None:
+    """The plan of an unfinished store; None if there is none."""
+    path = folder / STATE / "plan.json"
+    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 def files_of(manifest: Mapping) -> dict[str, dict]:
@@ -536,167 +638,14 @@ def size_problem(folder: Path, name: str, expected: int) -> str | None:
     try:
         size = (folder / name).stat().st_size
     except FileNotFoundError:
-        return f"{name} is missing; restore it or collect again"
+        return f"{name} is missing; {remedy(folder, name)}"
     if size != expected:
-        return f"{name} has {size:,} bytes, manifest says {expected:,}; restore it or collect again"
+        return f"{name} has {size:,} bytes, manifest says {expected:,}; {remedy(folder, name)}"
     return None
 
 
-# Check
-
-
-def check(path: str | Path, quick: bool = False) -> list[str]:
-    """Problems of a store, one line each, [] if there are none. Needs no model.
-
-    Manifest, sizes and headers; unless `quick` also checksums, token table, finite values, sums, outliers and statistics,
-    all computed again from the stored rows.
-    """
-    folder = Path(path)
-    try:
-        manifest = read_manifest(folder)
-    except SaekitError as error:
-        return [str(error)]
-    problems = []
-    if fingerprint(manifest) != manifest["fingerprint"]:
-        problems.append(f"{folder / MANIFEST} was changed (its fingerprint differs); restore it or collect again")
-    damaged = set()
-    with Progress("check", sum(f["bytes"] for f in files_of(manifest).values()) >> 20, "MiB") as progress:
-        for name, record in files_of(manifest).items():
-            problem = size_problem(folder, name, record["bytes"])
-            if problem is None and not quick and sha256_file(folder / name) != record["sha256"]:
-                problem = f"{_human_name(name)} is damaged (sha256 differs); restore it or collect again"
-            if problem:
-                problems.append(problem)
-                damaged.add(name)
-            progress.advance(record["bytes"] >> 20)
-    # A file that is known to be damaged is not looked into: it would be named twice.
-    sites = manifest["sites"]
-    for i, shard in enumerate(manifest["shards"]):
-        for site in sites:
-            name = shard_name(site, i)
-            if name not in shard["files"]:
-                problems.append(f"{folder / MANIFEST} does not list {name}; restore it or collect again")
-                damaged.add(name)
-            elif name not in damaged:
-                problem = _shard_problem(folder / name, sites[site], shard["rows"], DTYPES[manifest["dtype"]], quick)
-                if problem:
-                    problems.append(f"{name}: {problem}; restore it or collect again")
-                    damaged.add(name)
-    if TOKENS not in damaged:
-        problems += [f"{TOKENS}: {p}; restore it or collect again" for p in _token_problems(folder, manifest, quick)]
-    if STATISTICS not in damaged:
-        problems += [
-            f"{STATISTICS}: {p}; restore it or collect again"
-            for p in _statistics_problems(folder, manifest, damaged, quick)
-        ]
-    return problems
-
-
-def _human_name(name: str) -> str:
-    site, _, shard = name.partition("/")
-    return f"shard {int(shard[6:-12])} of {site}" if shard else name
-
-
-def _shard_problem(path: Path, site: Mapping, n: int, tag: str, quick: bool) -> str | None:
-    d = site["d"]
-    expected = {
-        "activations": (tag, (n, d)),
-        "sum": ("F64", (d,)),
-        "sum_squares": ("F64", (d,)),
-        "norm_moments": ("F64", (4,)),
-        "norm_histogram": ("I64", (HISTOGRAM_BINS,)),
-        "outlier_rows": ("I32", None),
-    }
-    problem = _header_problem(path, expected)
-    if problem or quick:
-        return problem
-    stored = map_tensors(path)
-    with np.errstate(invalid="ignore", over="ignore"):
-        again = shard_sums(stored["activations"], site["norm_limit"])
-    if not np.isfinite(again.norm_moments[3]) or not np.isfinite(again.sum).all():
-        return "NaN or infinity among the activations"
-    for name, value in again._asdict().items():
-        # The last bit of a norm may differ from one processor to another.
-        if value.shape != stored[name].shape or not np.allclose(value, stored[name], rtol=1e-9, atol=1e-9):
-            return f"{name} does not belong to the activations"
-    return None
-
-
-def _header_problem(path: Path, expected: Mapping[str, tuple[str, tuple | None]]) -> str | None:
-    try:
-        entries = read_header(path)
-    except SaekitError:
-        return "not a whole safetensors file"
-    if set(entries) != set(expected):
-        return f"holds {', '.join(sorted(entries))}, expected {', '.join(sorted(expected))}"
-    for name, (tag, shape) in expected.items():
-        e = entries[name]
-        if e.tag not in tag.split("|") or (len(e.shape) != 1 if shape is None else e.shape != shape):
-            return f"{name} is {e.tag} {list(e.shape)}, expected {tag} {list(shape) if shape else '[m]'}"
-    return None
-
-
-def _token_problems(folder: Path, manifest: Mapping, quick: bool) -> list[str]:
-    path, N, S = folder / TOKENS, manifest["tokens"], manifest["sequences"]
-    expected = {
-        "token": ("U16|U32", (N,)),
-        "stored": ("BOOL", (N,)),
-        "seq_start": ("I64", (S + 1,)),
-        **dict.fromkeys(("run_start", "run_doc", "run_position"), ("I64", None)),
-    }
-    problem = _header_problem(path, expected)
-    if problem or quick:
-        return [problem] if problem else []
-    t = map_tensors(path)
-    seq_start, run_start = t["seq_start"], t["run_start"]
-    problems = []
-    if seq_start[0] != 0 or seq_start[-1] != N or (np.diff(seq_start) <= 0).any():
-        return ["seq_start does not cut the tokens into sequences"]
-    if (np.diff(run_start) <= 0).any() or not len(run_start) == len(t["run_doc"]) == len(t["run_position"]):
-        return ["the runs are not in order"]
-    if int(t["stored"].sum()) != manifest["rows"]:
-        problems.append(
-            f"{int(t['stored'].sum()):,} tokens are marked as stored, the manifest counts {manifest['rows']:,} rows"
-        )
-    if TokenTable(**t).sha256() != manifest["text"]["tokens_sha256"]:
-        problems.append("tokens_sha256 of the manifest differs")
-    rows_before = np.concatenate([[0], np.cumsum(t["stored"], dtype=np.int64)])[seq_start]
-    end = 0
-    for i, shard in enumerate(manifest["shards"]):
-        a, b = shard["sequences"]
-        if a != end or not a < b <= S:
-            problems.append(f"shard {i} holds sequences {a} to {b}, expected them to begin at {end}")
-            break
-        rows, tokens = int(rows_before[b] - rows_before[a]), int(seq_start[b] - seq_start[a])
-        if (rows, tokens) != (shard["rows"], shard["tokens"]):
-            problems.append(
-                f"shard {i} has {tokens:,} tokens and {rows:,} rows, the manifest says {shard['tokens']:,} and {shard['rows']:,}"
-            )
-        end = b
-    else:
-        if end != S:
-            problems.append(f"the shards end at sequence {end} of {S}")
-    return problems
-
-
-def _statistics_problems(folder: Path, manifest: Mapping, damaged: set[str], quick: bool) -> list[str]:
-    sites = manifest["sites"]
-    expected = {f"{site}.{what}": ("F64", (sites[site]["d"],)) for site in sites for what in ("mean", "variance")}
-    problem = _header_problem(folder / STATISTICS, expected)
-    if problem or quick:
-        return [problem] if problem else []
-    stored, problems = map_tensors(folder / STATISTICS), []
-    for site, entry in sites.items():
-        names = [shard_name(site, i) for i in range(len(manifest["shards"]))]
-        if damaged.intersection(names):
-            continue
-        merged = merge_sums(folder / name for name in names)
-        mean, variance = mean_and_variance(merged)
-        if not np.allclose(mean, stored[f"{site}.mean"], rtol=1e-9, atol=1e-12) or not np.allclose(
-            variance, stored[f"{site}.variance"], rtol=1e-9, atol=1e-12
-        ):
-            problems.append(f"mean and variance of {site} are not those of its shards")
-        for key, value in site_summary(merged).items():
-            if value != entry[key] and not (value and entry[key] and math.isclose(value, entry[key], rel_tol=1e-9)):
-                problems.append(f"the manifest says {key} {entry[key]} of {site}, its shards {value}")
-    return problems
+def remedy(folder: Path, name: str) -> str:
+    """What to do about a damaged file."""
+    if name == STATISTICS or "/" in name:
+        return f"saekit check {folder} --repair recomputes it"
+    return "restore it or collect again"

@@ -51,22 +51,46 @@ def own_number(rows: np.ndarray, d: int, shift: int) -> np.ndarray:
     return x
 
 
+def put_text(writer: StoreWriter, whole: TokenTable, documents=7, n_bytes=1234):
+    """Commits the parts of a table that are not there yet."""
+    done = writer.text_state["sequences"] if writer.text_state else 0
+    while done < whole.n_sequences:
+        end = min(done + writer.shard_sequences, whole.n_sequences)
+        position = int(whole.seq_start[end])
+        state = {
+            "documents": documents,
+            "bytes": n_bytes,
+            "sequences": end,
+            "tokens": position,
+            "rows": int(whole.stored[:position].sum()),
+            "last": end == whole.n_sequences,
+        }
+        writer.part(whole.sequences(done, end), state)
+        done = end
+
+
 def write(out: Path, sequences: int, widths: dict[str, int], values=own_number, limits=None, **options) -> Path:
     """A finished store whose rows come from `values(row numbers, d, number of the site)`."""
     settings = plan(widths, **options)
     with StoreWriter(out, settings) as writer:
-        if writer.table is None:
-            writer.tokens(table(sequences, settings["context_length"]), text={"documents": 7, "bytes": 1234})
+        if writer.finished:
+            return out
+        put_text(writer, table(sequences, settings["context_length"]))
+        if writer.norm_limits is None:
+            writer.fix_norm_limits({site: (limits or {}).get(site) for site in widths})
         first = 0
-        for i in range(len(writer.shards)):
+        for i in range(writer.n_shards):
             rows = np.arange(first, first + writer.rows(i))
             first += len(rows)
             if i not in writer.committed:
                 dtype = TORCH_DTYPES[settings["dtype"]]
-                tensors = {
-                    site: torch.from_numpy(values(rows, d, s)).to(dtype) for s, (site, d) in enumerate(widths.items())
-                }
-                writer.put(i, tensors, {site: (limits or {}).get(site) for site in widths})
+                writer.put(
+                    i,
+                    {
+                        site: torch.from_numpy(values(rows, d, s)).to(dtype)
+                        for s, (site, d) in enumerate(widths.items())
+                    },
+                )
         return writer.finish()
 
 
@@ -103,3 +127,8 @@ def plan_of():
 @pytest.fixture
 def table_of():
     return table
+
+
+@pytest.fixture
+def text_into():
+    return put_text

@@ -115,9 +115,17 @@ def test_the_token_table_by_hand():
     import hashlib
 
     wide = dataclasses.replace(table, token=table.token.astype(np.uint32))
-    assert (
-        wide.sha256() == table.sha256() == hashlib.sha256(struct.pack("<8i", 0, 10, 11, 12, 0, 13, 1, 20)).hexdigest()
-    )
+    expected = hashlib.sha256(struct.pack("<8i", 0, 10, 11, 12, 0, 13, 1, 20)).hexdigest()
+    assert layout.tokens_sha256([wide]) == layout.tokens_sha256([table]) == expected
+    # Cut and joined again it is the same table.
+    second = table.sequences(1, 2)
+    assert second.seq_start.tolist() == [0, 4] and second.run_start.tolist() == [1, 3]
+    assert second.run_doc.tolist() == [0, 1] and second.run_position.tolist() == [3, 0]
+    joined = layout.join_tables([table.sequences(0, 1), second])
+    for name, tensor in joined.items():
+        whole = np.concatenate(list(tensor.pieces()))
+        assert whole.tolist() == getattr(table, name).tolist() and len(whole) == tensor.length
+    assert layout.tokens_sha256([table.sequences(0, 1), second]) == expected
 
 
 # Other programs
@@ -199,7 +207,7 @@ def test_files_that_are_not_whole(acts):
     path = acts / "a/shard-00002.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:1048])
-    name, advice = "a/shard-00002.safetensors", "restore it or collect again"
+    name, advice = "a/shard-00002.safetensors", f"saekit check {acts} --repair recomputes it"
     assert refusal(acts) == f"{name} has 1,048 bytes, manifest says {len(data):,}; {advice}"
     assert check(acts, quick=True) == [refusal(acts)]
     path.unlink()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.store.order import Order, Permutation, RowSet, heldout_sequences, key, splitmix
+from saekit.store.order import PIECE, Intervals, Order, Permutation, RowSet, heldout_sequences, key, splitmix
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
 
@@ -60,6 +60,38 @@ def test_the_documented_example_of_both_modes():
     assert sorted(example["blocks"][:8]) == [6, 7, 8, 12, 13, 14, 18, 19]
 
 
+def test_the_order_is_the_documented_one_beyond_a_piece():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "def permutation" in block)
+    written: dict = {}
+    exec(code, written)
+    n = 3 * PIECE
+    order = Order(RowSet(np.array([7]), np.array([7 + n])), seed=5)
+    rows = order.rows(0, 2 * n)
+    assert len(rows) == 2 * n
+    for p in (0, PIECE - 1, PIECE, 2 * PIECE + 1, n - 1, n, n + PIECE):
+        # Position p is position p mod n of epoch p // n; rows begin at 7.
+        assert rows[p] == 7 + written["permutation"](n, (5, p // n, 0), p % n)
+        assert order.rows(p, p + 1).tolist() == [rows[p]]
+
+
+def test_intervals_by_hand():
+    # Interval 0 holds 3 and 4, 1 nothing, 2 holds 5, 3 holds 6 to 99, 4 nothing.
+    found = Intervals(np.array([3, 5, 5, 6, 100, 100]))(np.array([3, 4, 5, 6, 7, 50, 99]))
+    assert found.tolist() == [0, 0, 2, 3, 3, 3, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 30, 1000, 10**6]), min_size=1, max_size=60), start=st.integers(0, 10**12)
+)
+def test_intervals_are_those_of_a_search(lengths, start):
+    borders = start + np.concatenate([[0], np.cumsum(lengths)])
+    if borders[-1] > borders[0]:
+        x = np.random.default_rng(0).integers(borders[0], borders[-1], 300)
+        x[0], x[1] = borders[0], borders[-1] - 1
+        assert np.array_equal(Intervals(borders)(x), np.searchsorted(borders, x, side="right") - 1)
+
+
 def test_heldout_sequences_by_hand():
     assert np.flatnonzero(heldout_sequences(1)).tolist() == []
     assert np.flatnonzero(heldout_sequences(2)).tolist() == [1]
@@ -107,6 +139,12 @@ def test_each_row_once_per_epoch_and_any_stretch_on_its_own(shape):
     fresh = Order(VALID, seed=3, **SHAPES[shape])
     for lo in (0, 1, n - 3, n, 2 * n - 70):
         assert np.array_equal(fresh.rows(lo, lo + 141), whole[lo : lo + 141])
+
+
+def test_uniform_mode_is_one_window():
+    order = Order(RowSet(np.array([2, 8]), np.array([5, 10])), seed=0)
+    assert [v.tolist() for v in order.window_extent(3, 0)] == [[2], [9]]
+    assert (order.n_windows, order.window_of(3, 4), order.window_end(3, 0)) == (1, 0, 5)
 
 
 def test_windows_hold_whole_blocks():

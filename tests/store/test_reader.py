@@ -1,18 +1,25 @@
 """Reading: every row once, the same batches after a restart, as well shuffled as promised, and refusals."""
 
+import gc
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from saekit import SaekitError
-from saekit.store import open_store
+from saekit.store import StoreWriter, open_store
+from saekit.store.batches import available_memory, parse_bytes
 from saekit.store.order import heldout_sequences
-from saekit.store.reader import available_memory, parse_bytes
+from saekit.store.rows import RowSource
 
 # The rows of `numbered` take 93,000 · (64 + 16) bytes = 7.1 MiB, site `a` alone 5.7 MiB: 1 MiB forces blocks mode.
 MODES = {"uniform": {}, "blocks": {"ram": "1MiB", "block": 256}, "sequences": {"ram": "1MiB", "block": "sequence"}}
@@ -71,35 +78,52 @@ def test_values_of_every_dtype(write_store, dtype):
     def values(rows, d, site):
         return np.sin(np.outer(rows + 1.0, np.arange(d) + site + 1)).astype(np.float32)
 
-    # d = 3 and 5: rows of 6 and 10 (12, 20) bytes, whose places are no multiple of anything convenient.
-    folder = write_store(40, {"a": 3, "b": 5}, values=values, dtype=dtype, shard_mb=0.001)
+    # d = 3: rows of 6 (12) bytes, whose places are no multiple of anything convenient; d = 515: 1,030 (2,060) bytes, which
+    # are read another way.
+    widths = {"a": 3, "b": 515}
+    folder = write_store(40, widths, values=values, dtype=dtype, shard_mb=0.1)
     store = open_store(folder)
     assert len(store.manifest["shards"]) > 3
-    for s, (site, d) in enumerate([("a", 3), ("b", 5)]):
+    for s, (site, d) in enumerate(widths.items()):
         expected = torch.from_numpy(values(np.arange(store.rows), d, s)).to(store.dtype)
         assert torch.equal(store.read(site, 0, store.rows), expected)
-        rows = np.array([7, 0, store.rows - 1, 500, 7])
-        assert torch.equal(store.files(site).gather(rows), expected[rows])
+        for rows in ([7, 0, store.rows - 1, 500, 7], [], np.random.default_rng(0).permutation(store.rows)):
+            rows = np.array(rows, np.int64)
+            assert torch.equal(store.files(site).gather(rows), expected[rows])
     for batch in store.batches(["a", "b"], batch=100, split="all"):
         assert batch["a"].dtype == store.dtype and list(batch) == ["a", "b"] and batch.wait >= 0
-        for s, (site, d) in enumerate([("a", 3), ("b", 5)]):
+        for s, (site, d) in enumerate(widths.items()):
             assert torch.equal(batch[site], torch.from_numpy(values(batch.rows, d, s)).to(store.dtype))
 
 
-def test_a_shard_without_rows(tmp_path, plan_of, table_of):
-    from dataclasses import replace
+def test_rows_that_begin_anywhere(write_store):
+    # Another program's store: the header of one shard is 14 bytes longer, so its rows begin at no multiple of 4096, nor of
+    # 12 bytes behind the other shards' rows.
+    folder = write_store(12, {"a": 3}, shard_mb=1e-6)
+    path, manifest = folder / "a/shard-00001.safetensors", folder / "manifest.json"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 14).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 14 + data[8 + length :])
+    changed = json.loads(manifest.read_text())
+    changed["shards"][1]["files"]["a/shard-00001.safetensors"]["bytes"] += 14
+    manifest.write_text(json.dumps(changed))
+    store = open_store(folder)
+    rows = np.random.default_rng(0).permutation(store.rows)
+    assert store.files("a").gather(rows)[:, 0].tolist() == rows.tolist()
+    assert store.read("a", 0, store.rows)[:, 0].tolist() == list(range(store.rows))
 
-    from saekit.store import StoreWriter
 
+def test_a_shard_without_rows(tmp_path, plan_of, table_of, text_into):
     whole = table_of(12)
     stored = whole.stored.copy()
     # Shards of four sequences; the first and the last keep nothing.
     stored[: 4 * 32] = stored[8 * 32 :] = False
     with StoreWriter(tmp_path / "acts", plan_of({"a": 4}, shard_mb=1e-6)) as writer:
-        writer.tokens(replace(whole, stored=stored))
+        text_into(writer, replace(whole, stored=stored))
         assert [writer.rows(i) for i in range(3)] == [0, 124, 0]
+        writer.fix_norm_limits({"a": 1.0})
         for i in range(3):
-            writer.put(i, {"a": torch.full((writer.rows(i), 4), float(i))}, {"a": 1.0})
+            writer.put(i, {"a": torch.full((writer.rows(i), 4), float(i))})
         writer.finish()
     store = open_store(tmp_path / "acts")
     assert store.read("a", 0, 124).sum() == 124 * 4 and store.read("a", 124, 124).shape == (0, 4)
@@ -143,9 +167,9 @@ def test_the_shuffle_is_as_good_as_promised(store, mode):
     batches = store.batches("a", batch=B, split="all", **MODES[mode])
     order = np.concatenate([batch.rows for batch in batches])
     E = len(order)
-    b = E if mode == "uniform" else batches._order.n_blocks
+    b = E if mode == "uniform" else batches.order.n_blocks
     if mode != "uniform":
-        assert batches._order.n_windows >= 5 and batches.window_blocks >= 4 * B
+        assert batches.order.n_windows >= 5 and batches.window_blocks >= 4 * B
     assert abs(np.corrcoef(np.arange(E), order)[0, 1]) <= 4 / np.sqrt(b)
 
     shard = np.searchsorted(store.shard_rows, order, side="right") - 1
@@ -233,11 +257,125 @@ def test_statistics(write_store):
     # Of 62 · 31 = 1,922 rows 62 are out, 31 even and 31 odd ones: 930 rows of either sign remain.
     assert found.mean_D.tolist() == [0.0, 4.0] and found.variance_D.tolist() == [9.0, 0.0]
     assert found.mean_norm == found.rms_norm == 5.0 and found.total_variance == 9.0
+    # The first two rows: row 0 is out. The first 62: 0 and 31 are out, 30 of either sign remain.
+    assert store.statistics("a", rows=2).mean_D.tolist() == [-3.0, 4.0]
+    for rows in (62, 10**9):
+        again = store.statistics("a", rows)
+        assert again.mean_D.tolist() == [0.0, 4.0] and again.variance_D.tolist() == [9.0, 0.0]
+        assert again.mean_norm == again.rms_norm == 5.0 and again.total_variance == 9.0
+    for rows in (0, 1):
+        with pytest.raises(SaekitError, match=f"of {rows} rows all are outliers; take more rows"):
+            store.statistics("a", rows)
     entry = store.manifest["sites"]["a"]
     assert entry["outlier_rows"] == 62 and entry["max_norm"] == 500.0
     assert entry["mean_to_deviation"] == pytest.approx(4 / 3)
     # 5 lies in the bin from 2^2.25 = 4.76 to 2^2.375 = 5.19, and so does the estimate of the median.
     assert 4.75 < entry["median_norm"] < 5.19
+
+
+def test_statistics_of_many_chunks(store):
+    # Rows 0 to n - 1 hold their number: mean (n - 1) / 2, variance (n² - 1) / 12. 40,000 rows lie in 17 shards.
+    found = store.statistics("a", rows=40_000)
+    assert found.mean_D[0] == 19_999.5 and found.mean_D[1] == 1.0
+    assert found.variance_D[0] == pytest.approx((40_000**2 - 1) / 12, rel=1e-12) and found.variance_D[1] == 0.0
+
+
+class Streamed(RowSource):
+    """A source that holds the rows of one window, and is strict about what it is asked for."""
+
+    def __init__(self, store):
+        self.store, self.path, self.fingerprint = store, "stream", store.fingerprint
+        self.sites, self.rows, self.dtype = store.sites, store.rows, store.dtype
+        self.n_sequences, self.n_tokens = store.n_sequences, store.n_tokens
+        self.seen, self.gathering, self.lock, self.closed = [], 0, threading.Lock(), False
+
+    def d(self, site):
+        return self.store.d(site)
+
+    def read_table(self):
+        return self.store.read_table()
+
+    def outliers(self, sites):
+        return self.store.outliers(sites)
+
+    def statistics(self, site, rows=None):
+        return self.store.statistics(site, rows)
+
+    def windows(self, sites):
+        return self
+
+    def prepare(self, window, following):
+        assert self.gathering == 0
+        if self.seen:
+            assert self.following == (window.epoch, window.number)
+        self.following = None if following is None else (following.epoch, following.number)
+        self.seen.append((window.epoch, window.number))
+        assert (window.first[1:] > window.last[:-1]).all()
+        self.held = np.concatenate([np.arange(a, b + 1) for a, b in zip(window.first, window.last)])
+
+    def gather(self, site, rows):
+        with self.lock:
+            self.gathering += 1
+        place = np.searchsorted(self.held, rows)
+        assert np.array_equal(self.held[place], rows)
+        x_nD = self.store.files(site).gather(rows)
+        with self.lock:
+            self.gathering -= 1
+        return x_nD
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.filterwarnings("ignore:a window of")
+@pytest.mark.parametrize("batch", [100, 7000, 44_000])
+def test_a_source_of_one_window_at_a_time_gives_the_same_batches(store, batch):
+    # Windows hold at most 1 MiB / 80 bytes a row = 13,107 rows: batches cross one border or several, and an epoch's.
+    options = {"batch": batch, "seed": 4, "epochs": 2, "ram": "1MiB" if batch < 10_000 else "4MiB", "block": "sequence"}
+    whole, source = list(store.batches(["a", "b"], **options)), Streamed(store)
+    batches = source.batches(["a", "b"], **options)
+    for batch_read, expected in zip(batches, whole, strict=True):
+        assert np.array_equal(batch_read.rows, expected.rows)
+        assert all(torch.equal(batch_read[site], expected[site]) for site in ("a", "b"))
+    assert source.seen == [(e, w) for e in range(2) for w in range(batches.order.n_windows)] and source.closed
+    assert batches.order.n_windows > 1
+    state = {**batches.state(), "batches_done": len(whole) // 2}
+    for rank in range(3):
+        part = next(iter(Streamed(store).batches(["a", "b"], **options, state=state, rank=rank, ranks=3)))
+        expected = whole[len(whole) // 2]
+        assert np.array_equal(part.rows, expected.rows[rank::3]) and torch.equal(part["b"], expected["b"][rank::3])
+
+
+def test_what_is_asked_for_ahead(store, monkeypatch):
+    asked = []
+
+    class Kernel:
+        def madvise(self, start, length, advice):
+            asked.append((start, start + length, advice))
+
+    files = store.files("a")
+    monkeypatch.setattr("saekit.store.reader._libc", Kernel())
+    # Blocks as a window gives them, ascending and apart: the second crosses three borders of shards of 2,480 rows.
+    files.will_need(np.array([5, 2470, 9000, 92_999]), np.array([9, 7500, 9001, 92_999]))
+    assert all(start % 4096 == 0 and advice == 3 for start, _, advice in asked)
+
+    address = np.concatenate([x_nD.data_ptr() + 64 * np.arange(len(x_nD)) for x_nD in files.shards])
+    covered = np.any([(start <= address) & (address + 64 <= end) for start, end, _ in asked], axis=0)
+    wanted = np.zeros(93_000, bool)
+    wanted[5:10] = wanted[2470:7501] = wanted[9000:9002] = wanted[92_999] = True
+    assert covered[wanted].all()
+    # Beginnings are rounded down to a page of 64 rows.
+    assert covered.sum() <= wanted.sum() + 64 * len(asked) and len(asked) <= 7
+    # Of many stretches none is asked for if a sample is in memory, as these are: the file was just written.
+    apart = np.arange(0, 90_000, 200)
+    for there in (False, True):
+        asked.clear()
+        if not there:
+            monkeypatch.delattr(os, "RWF_NOWAIT")
+        files.will_need(apart, apart + 1)
+        assert len(asked) == (0 if there else len(apart))
+        monkeypatch.undo()
+        monkeypatch.setattr("saekit.store.reader._libc", Kernel())
 
 
 def test_a_small_window_warns_and_says_how_much(store):
@@ -283,7 +421,7 @@ def test_more_rows_than_there_are(store):
 @pytest.mark.filterwarnings("ignore:a window of")
 def test_memory_that_is_not_there(store, monkeypatch):
     assert available_memory() is None or available_memory() > 2**20
-    monkeypatch.setattr("saekit.store.reader.available_memory", lambda: 3 * 2**20)
+    monkeypatch.setattr("saekit.store.batches.available_memory", lambda: 3 * 2**20)
     with pytest.raises(SaekitError, match=r"these sites take 5\.68 MiB, 3 MiB are free; a smaller --ram works"):
         store.batches("a", batch=100)
     store.batches("a", batch=100, ram="1MiB")
@@ -307,8 +445,6 @@ def test_a_state_that_does_not_fit(store, write_store):
 
 
 def test_a_stopped_consumer_leaves_no_thread(store):
-    import threading
-
     stream = iter(store.batches("a", batch=100))
     next(stream)
     stream.close()
@@ -318,8 +454,43 @@ def test_a_stopped_consumer_leaves_no_thread(store):
             assert not thread.is_alive()
 
 
+def test_a_thousand_shards_open_in_a_second(numbered, tmp_path):
+    # 1,000 names for the file of shard 1; the token table is that of fewer rows, and is not looked at.
+    manifest = json.loads((numbered / "manifest.json").read_text())
+    (tmp_path / "a").mkdir()
+    for name in ("tokens.safetensors", "statistics.safetensors"):
+        os.link(numbered / name, tmp_path / name)
+    shard, shards = manifest["shards"][1], []
+    for i in range(1000):
+        name = f"a/shard-{i:05d}.safetensors"
+        os.link(numbered / "a/shard-00001.safetensors", tmp_path / name)
+        shards.append({**shard, "files": {name: shard["files"]["a/shard-00001.safetensors"]}})
+    manifest |= {"shards": shards, "rows": 1000 * shard["rows"], "sites": {"a": manifest["sites"]["a"]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    start = time.perf_counter()
+    store = open_store(tmp_path)
+    rows = np.array([0, store.rows - 1])
+    # Shard 1 holds rows 2,480 to 4,959.
+    assert store.files("a").gather(rows)[:, 0].tolist() == [2480, 4959]
+    assert time.perf_counter() - start < 1
+
+
+def test_a_view_outlives_the_store_and_the_mapping_goes_with_it(numbered):
+    def mapped():
+        return Path("/proc/self/maps").read_text().count(str(numbered / "a"))
+
+    before, store = mapped(), open_store(numbered)
+    view = store.read("a", 10, 12)
+    assert mapped() == before + 38
+    del store
+    gc.collect()
+    assert view[:, 0].tolist() == [10, 11]
+    del view
+    gc.collect()
+    assert mapped() == before
+
+
 def test_no_file_stays_open(numbered):
-    import os
 
     before = len(os.listdir("/proc/self/fd"))
     store = open_store(numbered)

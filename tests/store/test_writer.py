@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saekit import SaekitError
-from saekit.store import StoreWriter, open_store
+from saekit.store import StoreWriter, check, open_store
 from saekit.store import format as layout
 
 WIDTHS = {"a": 4, "b": 3}
@@ -46,12 +46,14 @@ def test_the_folder(small):
     assert list(manifest["sites"]["a"]) == ["d", "norm_limit", "norm_multiple", "outlier_rows", "mean_norm", "rms_norm", "median_norm", "max_norm", "mean_to_deviation"]  # fmt: skip
 
 
-def test_shards_are_whole_batches_of_about_the_size_asked_for(tmp_path, plan_of, table_of):
+def test_shards_are_whole_batches_of_about_the_size_asked_for(tmp_path, plan_of, table_of, text_into):
     # A sequence takes 32 · 16 · 4 = 2,048 bytes at the widest site, a batch of four 8 KiB: 0.05 MiB are 6.4 batches.
     with StoreWriter(tmp_path / "acts", plan_of({"a": 16, "b": 4}, shard_mb=0.05)) as writer:
-        writer.tokens(table_of(50))
-        assert writer.shards == [range(24), range(24, 48), range(48, 50)]
+        assert writer.shard_sequences == 24 and not writer.text_done
+        text_into(writer, table_of(50))
+        assert writer.n_shards == 3 and writer.text_done
         assert [writer.rows(i) for i in range(3)] == [24 * 31, 24 * 31, 62]
+        assert [writer.tokens(i) for i in range(3)] == [24 * 32, 24 * 32, 64]
 
 
 class Killed(BaseException):
@@ -62,8 +64,10 @@ class Killed(BaseException):
 def test_killed_at_any_rename_and_continued_gives_the_same_bytes(small, monkeypatch, tmp_path, moment):
     expected = content(small("whole"))
     replace, calls = os.replace, 0
-    # One rename each for plan, tokens, text, norm limits, 5 · (2 + 1) shard files and records, statistics, manifest.
-    for kill_at in range(21):
+    # One rename each for the plan, 5 · 2 parts and records, norm limits, 5 · (2 + 1) shard files and records, token table,
+    # statistics, manifest.
+    last = 1 + 10 + 1 + 15 + 3 - 1
+    for kill_at in range(last + 1):
         calls = 0
 
         def interrupted(source, target, kill_at=kill_at):
@@ -83,22 +87,38 @@ def test_killed_at_any_rename_and_continued_gives_the_same_bytes(small, monkeypa
         with pytest.raises(Killed):
             small(name)
         monkeypatch.setattr(os, "replace", replace)
-        assert (tmp_path / name / "manifest.json").is_file() == (kill_at == 20 and moment == "after")
-        if (kill_at, moment) != (20, "after"):
+        assert (tmp_path / name / "manifest.json").is_file() == (kill_at == last and moment == "after")
+        if (kill_at, moment) != (last, "after"):
             state = "is not an activation store" if (kill_at, moment) == (0, "before") else "is unfinished"
             with pytest.raises(SaekitError, match=state):
                 open_store(tmp_path / name)
         assert content(small(name)) == expected, f"killed at rename {kill_at}"
 
 
-def test_killed_while_state_is_removed(small, monkeypatch):
-    expected = content(small("whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr("saekit.store.writer.shutil.rmtree", lambda path: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            small("killed")
-    open_store(small("killed"))
-    assert content(small("killed2")) == expected
+def test_killed_while_state_is_removed(small, monkeypatch, tmp_path):
+    """The manifest is there: the same command removes the rest and computes nothing."""
+    expected, unlink = content(small("whole")), Path.unlink
+    # 5 · 2 parts, 5 records, norm limits and lock; then the plan
+    for removed in range(18):
+        calls = 0
+
+        def interrupted(path, removed=removed, **options):
+            nonlocal calls
+            if path.parent.name == "state":
+                calls += 1
+                if calls > removed:
+                    raise Killed
+            unlink(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted)
+            with pytest.raises(Killed):
+                small(f"killed{removed}")
+        open_store(tmp_path / f"killed{removed}")
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "put", None)
+            small(f"killed{removed}")
+        assert content(tmp_path / f"killed{removed}") == expected
 
 
 def test_a_really_killed_process(tmp_path, plan_of, table_of):
@@ -106,10 +126,11 @@ def test_a_really_killed_process(tmp_path, plan_of, table_of):
     code = """
 import os, signal, sys, json, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import plan, table
+from conftest import plan, put_text, table
 from saekit.store import StoreWriter
 writer = StoreWriter(sys.argv[2], plan({"a": 4}, shard_mb=1e-6))
-writer.tokens(table(20))
+put_text(writer, table(20))
+writer.fix_norm_limits({"a": 7.5})
 rename = os.replace
 def kill(source, target):
     if "shard-00002" in str(target):
@@ -117,7 +138,7 @@ def kill(source, target):
     rename(source, target)
 os.replace = kill
 for i in range(5):
-    writer.put(i, {"a": torch.ones(writer.rows(i), 4)}, {"a": 7.5})
+    writer.put(i, {"a": torch.ones(writer.rows(i), 4)})
 """
     out = tmp_path / "acts"
     result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(out)], check=False)
@@ -128,7 +149,7 @@ for i in range(5):
     assert list(out.rglob("*.tmp"))
     with StoreWriter(out, plan_of({"a": 4}, shard_mb=1e-6)) as writer:
         assert writer.continued and writer.committed == {0, 1} and writer.norm_limits == {"a": 7.5}
-        assert writer.table.n_sequences == 20
+        assert writer.n_shards == 5 and writer.table(4).n_sequences == 4
         assert not list(out.rglob("*.tmp"))
 
 
@@ -168,7 +189,7 @@ def changed(plan: dict, path: str, value) -> dict:
         ("settings/shard_mb", 1, "{out} was begun with --shard-mb 1e-06, now 1; "),
         ("model/weights_fingerprint", "sha256:88e0ffff", "weights fingerprint is sha256:88e0..., {out} was begun with sha256:51b2..."),
         ("tokenizer/fingerprint", "sha256:0000", "tokenizer fingerprint differs from the one {out} was begun with (sha256:9a4d...)"),
-        ("environment/torch", "2.14.0", "{out} was begun with torch 2.13.0, this is 2.14.0: bytes may differ; "),
+        ("environment/torch", "2.14.0", "{out} was begun with torch 2.13.0, this is 2.14.0: bytes may differ; pass --accept-environment to go on"),
     ],
 )  # fmt: skip
 def test_other_settings(tmp_path, plan_of, path, value, message):
@@ -179,6 +200,89 @@ def test_other_settings(tmp_path, plan_of, path, value, message):
         StoreWriter(out, changed(plan, path, value))
     assert str(error.value).startswith(message.format(out=out)) and "\n" not in str(error.value)
     assert {**content(out), "state/lock": b""} == {**before, "state/lock": b""}
+
+
+def test_another_environment_is_accepted_and_recorded(tmp_path, plan_of, table_of, text_into):
+    """Shards 0 and 1 from one environment, 2 from another, 3 and 4 from the first again."""
+    out, plan = tmp_path / "acts", plan_of({"a": 4}, shard_mb=1e-6)
+    other = changed(plan, "environment/torch", "2.14.0")
+
+    def put(plan, shards, **options):
+        with StoreWriter(out, plan, **options) as writer:
+            text_into(writer, table_of(20))
+            if writer.norm_limits is None:
+                writer.fix_norm_limits({"a": None})
+            for i in shards:
+                writer.put(i, {"a": torch.ones(writer.rows(i), 4)})
+            if len(writer.committed) == 5:
+                writer.finish()
+
+    put(plan, [0, 1])
+    with pytest.raises(SaekitError, match="pass --accept-environment to go on"):
+        put(other, [2])
+    put(other, [2], accept_environment=True)
+    put(plan, [3, 4])
+    assert open_store(out).manifest["environments"] == [
+        {"shards": [0, 2], "torch": "2.13.0", "device": "cpu"},
+        {"shards": [2, 3], "torch": "2.14.0", "device": "cpu"},
+        {"shards": [3, 5], "torch": "2.13.0", "device": "cpu"},
+    ]
+
+
+def test_closed_with_what_there_is(tmp_path, plan_of, table_of, text_into, write_store):
+    """Shards 0, 1 and 3 are whole: the store is that of the first eight sequences."""
+    out, plan = tmp_path / "acts", plan_of(WIDTHS, shard_mb=1e-6)
+    with StoreWriter(out, plan) as writer:
+        text_into(writer, table_of(20))
+        writer.fix_norm_limits(dict.fromkeys(WIDTHS))
+        for i in (0, 1, 3):
+            rows = np.arange(124 * i, 124 * (i + 1))
+            values = {"a": np.ones((124, 4), np.float32), "b": np.ones((124, 3), np.float32)}
+            for s, x in enumerate(values.values()):
+                x[:, 0] = rows + s * 0.25
+            writer.put(i, {site: torch.from_numpy(x) for site, x in values.items()})
+        writer.finish()
+    assert content(out) == content(write_store(8, WIDTHS, name="eight", shard_mb=1e-6))
+    assert check(out) == []
+
+
+def test_several_processes_of_one_store(tmp_path, plan_of, table_of, text_into, small):
+    """The second puts its shards beside the first, which finds them and finishes."""
+    out, plan = tmp_path / "acts", plan_of(WIDTHS, shard_mb=1e-6)
+
+    def values(i):
+        rows = np.arange(124 * i, 124 * (i + 1))
+        tensors = {site: np.ones((124, d), np.float32) for site, d in WIDTHS.items()}
+        for s, x in enumerate(tensors.values()):
+            x[:, 0] = rows + s * 0.25
+        return {site: torch.from_numpy(x) for site, x in tensors.items()}
+
+    with StoreWriter(out, plan) as first:
+        text_into(first, table_of(20))
+        first.fix_norm_limits(dict.fromkeys(WIDTHS))
+        second = StoreWriter(out, plan, owner=False)
+        for i in (1, 3):
+            second.put(i, values(i))
+        for i in (0, 2, 4):
+            first.put(i, values(i))
+        assert first.committed == {0, 2, 4}
+        first.refresh()
+        first.finish()
+    assert content(out) == content(small("alone"))
+
+
+def test_a_beginning_undone(tmp_path, plan_of, table_of, text_into):
+    writer = StoreWriter(tmp_path / "acts", plan_of(WIDTHS))
+    text_into(writer, table_of(4))
+    writer.abandon()
+    assert not (tmp_path / "acts").exists()
+    (tmp_path / "empty").mkdir()
+    StoreWriter(tmp_path / "empty", plan_of(WIDTHS)).abandon()
+    assert not list((tmp_path / "empty").iterdir())
+    # what was there before stays
+    StoreWriter(tmp_path / "acts", plan_of(WIDTHS)).close()
+    StoreWriter(tmp_path / "acts", plan_of(WIDTHS)).abandon()
+    assert (tmp_path / "acts" / "state" / "plan.json").is_file()
 
 
 def test_sites_in_another_order_are_the_same_plan(tmp_path, plan_of):
