@@ -26,6 +26,7 @@ import torch
 
 from saekit.store import Store, StoreWriter, TokenTable, open_store
 from saekit.store.batches import AHEAD, THREADS
+from saekit.store.reader import Buffers
 
 SITE, CONTEXT, B = "blocks.0.hook_resid_post", 256, 4096
 RAM = {"uniform": "1TiB", "blocks": "1.5GiB"}
@@ -75,8 +76,19 @@ def _table(sequences: int, first: int) -> TokenTable:
 
 
 def sequential(store: Store) -> Iterator[torch.Tensor]:
-    """Rows copied out of the mapped files."""
+    """Rows copied out of the mapped files into new tensors, as `torch.clone` does."""
     return in_text_order(store, lambda lo: store.read(SITE, lo, lo + B).clone())
+
+
+def sequential_again(store: Store) -> Iterator[torch.Tensor]:
+    """The same into memory that is used again, as the shuffled reader does: nothing but the copy is left."""
+    buffers, size = Buffers(), B * store.row_bytes(SITE)
+
+    def read(lo: int) -> torch.Tensor:
+        x_BD = torch.from_numpy(buffers.take(size)).view(store.dtype).view(B, store.d(SITE))
+        return x_BD.copy_(store.read(SITE, lo, lo + B))
+
+    return in_text_order(store, read)
 
 
 def from_files(store: Store) -> Iterator[torch.Tensor]:
@@ -113,6 +125,7 @@ def shuffled(store: Store, ram: str) -> Iterator[torch.Tensor]:
 
 WAYS: dict[str, Callable[[Store], Iterator[torch.Tensor]]] = {
     "sequential": sequential,
+    "sequential, same memory": sequential_again,
     "from files": from_files,
     "uniform": lambda store: shuffled(store, RAM["uniform"]),
     "blocks": lambda store: shuffled(store, RAM["blocks"]),

@@ -521,3 +521,31 @@ def test_sizes():
 def test_the_format_needs_no_torch():
     code = "import saekit.store.format, saekit.store.order, sys; assert not {'torch', 'streamlit'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_comes_back_when_nothing_uses_it():
+    """As long as any view of a tensor lives its memory is its own; then the next batch of that size has it."""
+    from saekit.store.reader import Buffers
+
+    buffers = Buffers()
+    first = buffers.take(1024)
+    address = first.ctypes.data
+    view = torch.from_numpy(first).view(torch.float32).view(16, 16)[3:5]
+    del first
+    second = torch.from_numpy(buffers.take(1024))
+    assert second.data_ptr() != address
+    view.fill_(7.0)
+    second.zero_()
+    assert (view == 7.0).all()
+    del view
+    third = torch.from_numpy(buffers.take(1024))
+    assert third.data_ptr() == address
+    # pieces of other sizes neither take nor leave a whole batch's memory
+    assert len(buffers.take(64)) == 64
+
+
+def test_batches_that_are_kept_keep_their_values(store):
+    kept = [(batch["a"], batch.rows.copy()) for batch in store.batches(["a"], batch=500)]
+    assert len(kept) > 100
+    for x, rows in kept:
+        assert np.array_equal(x[:, 0].numpy(), rows.astype(np.float32))
