@@ -340,7 +340,9 @@ class _Shards:
             found = self.forward(table, first, last)
             for name, x_nD in found.items():
                 if len(x_nD):
-                    self._largest[name] = torch.maximum(self._largest[name], x_nD.abs().amax().float())
+                    # either is NaN where a value is
+                    low, high = x_nD.aminmax()
+                    self._largest[name] = torch.maximum(self._largest[name], torch.maximum(-low, high).float())
             yield found
             self.progress.advance(int(table.seq_start[last] - table.seq_start[first]), self.handover.note)
 

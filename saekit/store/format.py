@@ -278,7 +278,9 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 def to_float32(array: np.ndarray) -> np.ndarray:
     """Stored values (float16, float32, or bfloat16 as uint16) as float32; exact."""
     if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        bits = array.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return array.astype(np.float32)
 
 
@@ -451,16 +453,17 @@ def shard_sums(rows_nD: np.ndarray, norm_limit: float | None) -> Sums:
     for start in range(0, n, block):
         x = to_float32(rows_nD[start : start + block]).astype(np.float64)
         x2 = x * x
-        norms = np.sqrt(x2.sum(1))
+        squared = x2.sum(1)
+        norms = np.sqrt(squared)
         histogram += norm_histogram(norms)
         moments[3] = max(moments[3], norms.max())
         if norm_limit is not None and moments[3] > norm_limit:
             out = norms > norm_limit
             outliers.append(start + np.flatnonzero(out))
-            x, x2, norms = x[~out], x2[~out], norms[~out]
+            x, x2, norms, squared = x[~out], x2[~out], norms[~out], squared[~out]
         total += x.sum(0)
         squares += x2.sum(0)
-        moments[:3] += len(norms), norms.sum(), x2.sum()
+        moments[:3] += len(norms), norms.sum(), squared.sum()
     rows = np.concatenate(outliers) if outliers else np.zeros(0)
     return Sums(total, squares, moments, histogram, rows.astype(np.int32))
 
