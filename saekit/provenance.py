@@ -75,7 +75,12 @@ def find_model(store: Store, model, *, device: str = "auto", force: bool = False
     entry = store.manifest["model"]
     if model is None and entry["layers"] is None:
         raise SaekitError(f"{store.path} was collected from {entry['id']}, which is no language model; pass --tiers 1")
-    lm = model if isinstance(model, LanguageModel) else load_model(model or entry["id"], device=device, compute="fp32")
+    if isinstance(model, LanguageModel):
+        lm = model
+    else:
+        named = (store.manifest["tokenizer"] or {}).get("id")
+        tokenizer = named if named != entry["id"] and model is None else None
+        lm = load_model(model or entry["id"], device=device, compute="fp32", tokenizer=tokenizer)
     if lm.weights_fingerprint != entry["weights_fingerprint"] and not force:
         raise SaekitError(
             f"weights fingerprint of {lm.id} is {short(lm.weights_fingerprint)}, {store.path} was collected from "

@@ -51,6 +51,8 @@ class TextSource:
 
     def __init__(self, model, settings: CollectOptions, ranks: Ranks, first: dict | None):
         self.settings = settings
+        # a text that is missing is said before a model is loaded
+        self.text = Text(settings.text, settings)
         device = settings.device
         if ranks.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{ranks.local}"
@@ -68,7 +70,6 @@ class TextSource:
         if lm.max_context is not None and settings.context > lm.max_context:
             raise SaekitError(f"--context {settings.context} exceeds the model's {lm.max_context} positions")
         sites = {name: lm.check_site(name) for name in settings.site}
-        self.text = Text(settings.text, settings)
         mode = settings.packing or ("join" if lm.causal else "separate")
         if mode == "isolate" and not lm.causal:
             raise SaekitError("--packing isolate is for causal models; an encoder takes --packing separate")
@@ -84,7 +85,9 @@ class TextSource:
             ids=settings.ids_field is not None,
             name=settings.tokenizer or lm.id,
         )
-        batch = settings.batch_sequences or (first or {}).get("batch_sequences") or _fitting_batch(lm, sites, settings)
+        batch = settings.batch_sequences or (first or {}).get("batch_sequences")
+        if batch is None:
+            batch = min(ranks.gather(_fitting_batch(lm, sites, settings)))
         self.plan = _text_plan(lm, settings, sites, self.packing, self.text, batch)
         self.forward = LanguageForward(lm, sites, self.plan)
 
@@ -96,10 +99,6 @@ class TextSource:
         return self.text.repeatable
 
     def parts(self, sequences: int, state: Mapping | None) -> Iterator[Part]:
-        if state is not None and not self.text.repeatable:
-            raise SaekitError(
-                "stdin cannot be read again; delete the folder and start over, or save the text to a file"
-            )
         return parts(
             self.text.documents(),
             self.lm.tokenizer,

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as tf
 
+import saekit as sk
 import saekit.collector
 import saekit.source
 from saekit.collector import collect
@@ -561,6 +562,30 @@ def test_an_encoder(bert, tmp_path):
     assert changed.nonzero().flatten().tolist() == list(range(store.rows - 4, store.rows))
     message = refused(str(bert), text=str(text), out=tmp_path / "c", packing="isolate", compute="fp32", **options)
     assert message == "--packing isolate is for causal models; an encoder takes --packing separate"
+
+
+def test_the_flow_on_an_encoder(bert, tmp_path):
+    """Tier 1, the index and a prompt work; what needs a next-token loss is refused, never a number."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"def f{i} ( a , b ) : return a . b{i}" for i in range(300)))
+    acts = collect(
+        str(bert),
+        site="blocks.1.hook_resid_post",
+        text=str(text),
+        out=tmp_path / "acts",
+        split_documents="line",
+        context=32,
+    )
+    sae = sk.train(sk.TopK(k=4, d_sae=128), acts, out=tmp_path / "sae", batch=512)
+    assert 0 < sk.evaluate(sae, acts, tiers=(1,)).content["tiers"]["1"]["metrics"]["fvu"]["value"] < 1
+    with pytest.raises(SaekitError, match=r"attention of .* is not causal: it has no next-token loss; pass --tiers 1"):
+        sk.evaluate(sae, acts, tiers=(1, 2))
+    index = sk.build_index(sae, acts)
+    assert len(index) == 128 and "raises" not in index.feature(0).text("top", color=False)
+    encoded = index.encode("def f1 ( a )")
+    # [CLS] d ##e ##f f ##1 ( a ) [SEP]
+    assert encoded.tokens[0] == 2 and encoded.tokens[-1] == 3 and len(encoded.tokens) == 10
+    assert encoded.encoded.tolist() == [False, *[True] * 8, False]
 
 
 # Ids instead of text

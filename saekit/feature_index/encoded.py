@@ -87,12 +87,18 @@ def encode_text(index: "FeatureIndex", text: str, *, sae=None, lm=None) -> Encod
 
     sae = sae or SAE.load(index.path.parent)
     lm = lm or load_model(index.manifest["model"]["id"])
+    special = lm.tokenizer_entry()
+    if special is None:
+        raise SaekitError(f"{lm.id} has no tokenizer, so a text cannot be read")
     context = sae.config.get("context") or {}
     ids = list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise SaekitError("the text holds no token; type something")
-    if context.get("prepend_bos") and lm.tokenizer.bos_token_id is not None and ids[0] != lm.tokenizer.bos_token_id:
-        ids = [lm.tokenizer.bos_token_id, *ids]
+    if context.get("prepend_bos") and special["bos"] not in (None, ids[0]):
+        ids = [special["bos"], *ids]
+        if not lm.causal and special["eos"] is not None:
+            # an encoder's text stands between [CLS] and [SEP]
+            ids.append(special["eos"])
     limit = context.get("length")
     if limit and len(ids) > limit:
         raise SaekitError(f"the text has {len(ids):,} tokens, the SAE was trained on contexts of {limit:,}; shorten it")
@@ -105,12 +111,12 @@ def encode_text(index: "FeatureIndex", text: str, *, sae=None, lm=None) -> Encod
     keep = encoded[row_N]
     row_N, feature_N, value_N = row_N[keep], feature_N[keep].astype(np.int64), value_N[keep]
     order = np.lexsort((feature_N, -np.abs(value_N), row_N))
-    special = index.file("vocab")["special"]
+    marked = index.file("vocab")["special"]
     tokens = np.array(ids, np.int64)
     return EncodedText(
         tokens=tokens,
         pieces=index.pieces(ids),
-        special=special[np.minimum(tokens, len(special) - 1)],
+        special=marked[np.minimum(tokens, len(marked) - 1)],
         encoded=encoded,
         start=np.concatenate([[0], np.cumsum(np.bincount(row_N, minlength=len(ids)))]),
         features=feature_N[order],

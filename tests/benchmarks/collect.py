@@ -169,7 +169,7 @@ def main():
     name, layer = MODELS[options.model]
     name = name or str(smollm2())
     site = f"blocks.{layer}.hook_resid_post"
-    tokens = options.tokens or {"saekit:demo": 1_800_000, "smollm2": 49_152}[options.model]
+    tokens = options.tokens or {"saekit:demo": 1_800_000, "smollm2": 24_576}[options.model]
     assert CollectOptions(site=(site,), text=("stdlib",)).dtype == "bfloat16"
     bare = Bare(name, layer)
     pairs, peers = [], []
