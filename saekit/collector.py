@@ -68,8 +68,8 @@ def collect(model, *, out: str | Path, inputs: Iterable | Callable[[], Iterable]
     settings, out = CollectOptions(**options), Path(out)
     _check(settings, inputs is not None)
     refuse_foreign(out)
-    with joined_ranks() as ranks, Stop() as stop, _threads(out, settings, ranks):
-        first = layout.read_plan(out)
+    first = layout.read_plan(out)
+    with joined_ranks() as ranks, Stop() as stop, _threads(first, settings, ranks):
         if inputs is None:
             source: Source = TextSource(model, settings, ranks, first)
         else:
@@ -111,9 +111,9 @@ def _check(settings: CollectOptions, has_inputs: bool):
 
 
 @contextmanager
-def _threads(out: Path, settings: CollectOptions, ranks: Ranks):
+def _threads(first: dict | None, settings: CollectOptions, ranks: Ranks):
     """The threads of a forward pass: as asked for, else as at the first start, else the cores shared by the ranks."""
-    before, first = torch.get_num_threads(), layout.read_plan(out)
+    before = torch.get_num_threads()
     threads = settings.threads or (first or {}).get("environment", {}).get("threads")
     if threads is None and ranks.size > 1:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)

@@ -86,7 +86,9 @@ def _restore(folder: Path, name: str, x_nD: torch.Tensor, entry: dict, expected:
         trial.unlink(missing_ok=True)
 
 
-def recompute(path: str | Path, sequences: int, model: str | None = None, *, device: str = "auto", seed: int = 0):
+def recompute(
+    path: str | Path, sequences: int, model: str | None = None, *, device: str = "auto", seed: int = 0
+) -> list[str]:
     """Problems of `sequences` random ones, one line per site: stored rows that are not what the model gives.
 
     Equal to the bit in the environment of the store, within 2 units in the last place for 99.9 % of the values elsewhere.

@@ -10,6 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def swapped(code: str, swaps: dict[str, str]) -> str:
+    """The code with what is too large for a test replaced; each of it must be there."""
+    for old, new in swaps.items():
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
 def test_quoted_help_is_current():
     result = subprocess.run([sys.executable, "docs/rewrite.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stdout}run  make docs"
@@ -27,9 +35,7 @@ def test_the_readme_snippet_runs(tiny_model, tiny_text, tmp_path, monkeypatch):
         'out="saes/gpt2-topk"': 'out="saes/gpt2-topk", batch=512',
         "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)",
     }
-    for old, new in swaps.items():
-        assert old in code
-        code = code.replace(old, new)
+    code = swapped(code, swaps)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
@@ -49,9 +55,7 @@ def test_the_snippet_of_modules_and_streams_runs(tiny_model, tiny_text, tmp_path
         'out="saes/gpt2-streamed"': 'out="saes/gpt2-streamed", batch=512',
         "sk.TopK(k=32)": "sk.TopK(k=4, d_sae=128)",
     }
-    for old, new in swaps.items():
-        assert old in code
-        code = code.replace(old, new)
+    code = swapped(code, swaps)
     monkeypatch.chdir(tmp_path)
     import torch
 

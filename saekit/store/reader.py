@@ -72,10 +72,6 @@ class Store(RowSource):
     def __repr__(self) -> str:
         return f"<Store {self.path}: {self.rows:,} rows of {self.n_tokens:,} tokens, {', '.join(self.sites)}>"
 
-    def d(self, site: str) -> int:
-        self._require([site])
-        return self.manifest["sites"][site]["d"]
-
     def read_table(self) -> TokenTable:
         return layout.read_tokens(self.folder / TOKENS)
 

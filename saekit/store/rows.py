@@ -109,9 +109,10 @@ class RowSource(ABC):
     n_tokens: int
     dtype: torch.dtype
 
-    @abstractmethod
     def d(self, site: str) -> int:
         """Width of a site."""
+        self._require([site])
+        return self.manifest["sites"][site]["d"]
 
     @abstractmethod
     def read_table(self) -> TokenTable:
