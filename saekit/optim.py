@@ -1,6 +1,9 @@
-"""Learning rate and its schedule; Adam itself is the kernels' `row_adam_`."""
+"""Learning rate and its schedule, and where the decoder's bias may start; Adam itself is the kernels' `row_adam_`."""
 
 import math
+
+import torch
+from torch import Tensor
 
 BETAS = (0.9, 0.999)
 # gradients of rare features are tiny under a normalised loss; the usual 1e-8 would swallow them
@@ -26,3 +29,21 @@ def lr_scale(step: int, steps: int | None) -> float:
     warmup = max(1, min(CONSTANT_WARMUP, steps // 20))
     decay = max(1, round(steps * DECAY_SHARE))
     return min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def geometric_median(x_BD: Tensor, steps: int = 100) -> Tensor:
+    """The point (D) with the smallest sum of distances to the rows, by Weiszfeld's iteration.
+
+    Distances have a floor: at a guess that meets a row the weight of that row would be infinite.
+    """
+    x = x_BD.double()
+    guess_D = x.mean(0)
+    floor = 1e-6 * (x - guess_D).norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    for _ in range(steps):
+        weight_B = 1 / (x - guess_D).norm(dim=1).clamp_min(floor)
+        moved_D = (weight_B[:, None] * x).sum(0) / weight_B.sum()
+        done = bool((moved_D - guess_D).norm() <= floor)
+        guess_D = moved_D
+        if done:
+            break
+    return guess_D.to(x_BD.dtype)

@@ -18,20 +18,35 @@ from torch import Tensor, nn
 
 import saekit
 from saekit.errors import SaekitError
-from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, write_tensors
+from saekit.step import Moment, SparseSlots, inference_step
+from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, read_header, write_tensors
 from saekit.variants import VARIANTS, Variant
 
 FORMAT, FORMAT_VERSION = "saekit-sae", 1
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 # rows are encoded in pieces, so that one (rows, F) buffer of pre-activations stays small
 PIECE_ELEMENTS = 1 << 25
+# of config.json: what the SAE itself decides
+OWN_KEYS = (
+    "format",
+    "format_version",
+    "variant",
+    "options",
+    "signed",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "weights",
+    "fingerprint",
+)
 
 
 class SAE(nn.Module):
     """codes = select((x − b_dec) W_encᵀ + b_enc) by the variant's inference rule,  x̂ = codes W_dec + b_dec
 
-    Parameters: `W_enc` (F, D), `W_dec` (F, D) with rows of norm 1, `b_enc` (F), `b_dec` (D). `config` is the content of
-    `config.json`. Inference is fp32 and never depends on the rest of the batch.
+    Parameters: `W_enc` (F, D), `W_dec` (F, D) with rows of norm 1, `b_enc` (F), `b_dec` (D); `extra`: the variant's own
+    tensors. `config` is the content of `config.json`, `options` what it says beside the variant's options. Inference is in the
+    dtype of the weights, fp32 inside for narrower ones, and never depends on the rest of the batch.
     """
 
     def __init__(
@@ -42,6 +57,8 @@ class SAE(nn.Module):
         b_enc_F: Tensor,
         b_dec_D: Tensor,
         config: dict | None = None,
+        extra: dict[str, Tensor] | None = None,
+        options: dict | None = None,
     ):
         super().__init__()
         self.variant = variant
@@ -49,7 +66,11 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec_FD, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc_F, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec_D, requires_grad=False)
+        self._extra = tuple(extra or ())
+        for name, tensor in (extra or {}).items():
+            self.register_buffer(name, tensor)
         self.config = config or {}
+        self.options = options or {}
         self.path: Path | None = None
 
     @property
@@ -68,6 +89,25 @@ class SAE(nn.Module):
     def fingerprint(self) -> str | None:
         return self.config.get("fingerprint")
 
+    def has_unit_rows(self) -> bool:
+        """Whether the rows of W_dec have norm 1, within 1e-4 and the rounding of their dtype."""
+        tolerance = max(1e-4, torch.finfo(self.W_dec.dtype).eps)
+        return bool(((self.W_dec.to(torch.float64).norm(dim=1) - 1).abs() <= tolerance).all())
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """The variant's tensors that inference needs, such as thresholds."""
+        return {name: getattr(self, name) for name in self._extra}
+
+    def _apply(self, fn, recurse=True):
+        wide = {name: t for name, t in self.extra.items() if name == "threshold"}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            # a threshold in bf16 would cut elsewhere
+            if torch.finfo(getattr(self, name).dtype).bits < 32:
+                setattr(self, name, before.to(self.W_enc.device))
+        return self
+
     def encode(self, x: Tensor) -> Codes:
         """Codes of x (…, D), leading dimensions flattened to tokens first.
 
@@ -77,23 +117,25 @@ class SAE(nn.Module):
             raise SaekitError(f"SAE expects D = {self.d_in}, the input has width {x.shape[-1]}")
         x_BD = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
         rows = max(1, PIECE_ELEMENTS // self.d_sae)
-        parts = [
-            encode_select(
-                part,
-                self.W_enc,
-                self.b_enc,
-                self.b_dec,
-                rule=self.variant.inference_rule(),
-                key=self.variant.key,
-                compute="fp32",
-            ).codes
-            for part in x_BD.split(rows)
-        ]
+        parts = [self._encode(part) for part in x_BD.split(rows)]
         return parts[0] if len(parts) == 1 else Codes.concatenate(parts)
+
+    def _encode(self, x_BD: Tensor) -> Codes:
+        variant, extra = self.variant, self.extra
+        at = Moment(x_BD, self.b_dec, extra, len(x_BD), self.d_sae)
+        if variant.select is not None:
+            return Codes.of_dense(variant.select(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T)))
+        kept = encode_select(
+            x_BD, self.W_enc, self.b_enc, self.b_dec, rule=variant.inference_rule(at), key=variant.key, compute="fp32"
+        ).codes
+        if variant.own_values and variant.values_at_inference:
+            parameters = {**dict(self.named_parameters()), **extra}
+            kept = kept.with_values(variant.values(inference_step(SparseSlots(kept), at, parameters)))
+        return kept.with_values(kept.values.to(self.W_enc.dtype))
 
     def decode(self, codes: Codes) -> Tensor:
         """x̂ (tokens, D) of the codes."""
-        return decode(codes, self.W_dec, self.b_dec)
+        return decode(codes, self.W_dec, self.b_dec).to(self.W_dec.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂, in the shape and dtype of x."""
@@ -103,19 +145,19 @@ class SAE(nn.Module):
         """Writes `sae.safetensors`, then `config.json` with its checksum; each under a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().numpy() for name, p in self.named_parameters()}
-        write_tensors(folder / WEIGHTS, tensors)
+        tensors = {name: t.detach().cpu() for name, t in self.state_dict().items()}
+        write_tensors(folder / WEIGHTS, {name: _numpy(t) for name, t in tensors.items()})
         blob = (folder / WEIGHTS).read_bytes()
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "variant": self.variant.name,
-            "options": self.variant.inference_options(),
+            "options": {**self.variant.inference_options(), **self.options},
             "signed": self.variant.signed,
             "d_in": self.d_in,
             "d_out": self.d_in,
             "d_sae": self.d_sae,
-            "dtype": "float32",
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "subtract_b_dec": True,
             "decoder_norm": "unit",
             "input_norm": {"kind": "none"},
@@ -126,7 +168,7 @@ class SAE(nn.Module):
             "tokenizer": None,
             "context": None,
             "provenance": {"created_by": f"saekit {saekit.__version__}", "converted_from": None, "lost": []},
-            **{k: v for k, v in self.config.items() if k not in ("weights", "fingerprint")},
+            **{k: v for k, v in self.config.items() if k not in OWN_KEYS},
             "weights": {"sha256": sha256(blob).hexdigest(), "bytes": len(blob)},
         }
         digest = sha256(canonical_json(config))
@@ -150,18 +192,34 @@ class SAE(nn.Module):
                 "restore it or train again"
             )
         F, D = config["d_sae"], config["d_in"]
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in map_tensors(weights).items()}
-        for name, shape in {"W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}.items():
+        variant = VARIANTS[config["variant"]].from_inference_options(config["options"], F)
+        shapes = {"W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), **variant.saved_shapes(F, D)}
+        tensors = _read_tensors(weights)
+        for name, shape in shapes.items():
             if name not in tensors:
                 raise SaekitError(f"{weights} has no tensor {name}; it is not an SAE of saekit")
             if tuple(tensors[name].shape) != shape:
                 raise SaekitError(f"{weights}: {name} is {tuple(tensors[name].shape)}, expected {shape}")
-        variant = VARIANTS[config["variant"]].from_inference_options(config["options"], F)
-        sae = cls(variant, tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"], config)
-        if config["decoder_norm"] == "unit" and not torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-4):
+        known = variant.inference_options()
+        W_enc, W_dec, b_enc, b_dec = (tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+        extra = {name: tensors[name] for name in variant.saved}
+        options = {k: v for k, v in config["options"].items() if k not in known}
+        sae = cls(variant, W_enc, W_dec, b_enc, b_dec, config, extra, options)
+        if config["decoder_norm"] == "unit" and not sae.has_unit_rows():
             raise SaekitError(f"{weights}: rows of W_dec do not have norm 1 as config.json says; restore it")
         sae.path = folder
         return sae.to(device)
+
+
+def _numpy(t: Tensor):
+    """An array, or its bits and their tag where numpy lacks the type."""
+    return (t.view(torch.uint16).numpy(), "BF16") if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    tags = {name: entry.tag for name, entry in read_header(path).items()}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in map_tensors(path).items()}
+    return {name: t.view(torch.bfloat16) if tags[name] == "BF16" else t for name, t in tensors.items()}
 
 
 def read_config(folder: str | Path) -> dict:

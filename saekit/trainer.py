@@ -6,40 +6,39 @@
 One step:
 1. x = s · raw; pre-activations and codes by the variant's rule for training.
 2. Idle counters from these codes; every 64 steps the list U of dead features.
-3. L = Σ‖x − x̂‖² / (B·V) + aux · AuxK.
-4. Gradients on sparse codes: no (B, F) matrix of codes exists, and no autograd graph except AuxK's on the dead rows.
-5. The decoder's gradient loses its part along each unit row; clipping, if asked for; Adam; rows back to norm 1.
+3. L = Σ‖x − x̂‖² / (B·V) + aux · AuxK + the variant's losses; gradients (saekit/backward.py), then their mean over ranks.
+4. The decoder's gradient loses its part along each unit row; clipping, if asked for; Adam; rows back to norm 1.
+5. The variant updates its buffers.
 
-B tokens in a batch · D model width · F features · K kept per token · A dead features. Training state is in normalised
-units; `sae()` folds the scale s into the weights it hands out.
+B tokens in a batch · D model width · F features · A features that AuxK trains. Training state is in normalised units; `sae()`
+folds the scale s into the weights it hands out.
 """
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from saekit_kernels import (
-    ExtraRows,
-    Workspace,
-    aux_decode,
-    decode_residual_value_grad,
-    encode_select,
-    row_adam_,
-    segment_weight_grads,
-)
+from saekit_kernels import RowMass, Threshold, Workspace, row_adam_
 from torch import Tensor
+from torch.nn import Parameter
 
-from saekit import losses, optim
+from saekit import backward, optim
 from saekit.device import resolve_compute, resolve_device
 from saekit.errors import SaekitError
+from saekit.progress import Progress
+from saekit.ranks import Ranks
 from saekit.sae import SAE
-from saekit.variants import Variant
+from saekit.step import Moment, Slots, Step
+from saekit.variants.base import Start, Variant
 
 REBUILD_EVERY = 64
 FIT_ROWS = 4096
 # idle counters are compared with this many tokens where the length of the run is unknown or large
 DEAD_AFTER = 10_000_000
+# more features per token than one in so many, and dense products are faster than sparse ones
+DENSE_SHARE = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,19 @@ class InputStatistics:
     """Mean activation."""
     total_variance: float
     """E‖raw − E raw‖²."""
+    mean_norm: float | None = None
+    """E‖raw‖, for `sqrt_d`."""
+
+    def scale(self, normalise: str) -> float:
+        """The factor s of the input."""
+        if normalise == "none":
+            return 1.0
+        if normalise == "unit":
+            return 1 / math.sqrt(self.total_variance)
+        if normalise == "mean_square":
+            return 1 / math.sqrt(self.total_variance + float(self.mean_D.double().square().sum()))
+        assert self.mean_norm is not None
+        return math.sqrt(len(self.mean_D)) / self.mean_norm
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -63,7 +75,7 @@ class Trainer:
 
     `statistics` = None: the input counts as normalised already (scale 1, mean 0, V = D). `tokens` = None: the length of
     the run is unknown, hence constant learning rate after warm-up and `dead_after` 10 M. The encoder's scale is fitted
-    on `fit_rows` (raw units), or on the first batch.
+    on `fit_rows` (raw units), or on the first batch. With several `ranks` each gives its own rows of the global batch.
 
     Raises SaekitError for options that do not go together (k above d_sae) or an input of another width.
     """
@@ -79,48 +91,111 @@ class Trainer:
         seed: int = 0,
         device: str | torch.device = "cpu",
         compute: str = "auto",
+        micro_batches: int = 1,
+        ranks: Ranks | None = None,
     ):
         D, F = d_model, variant.d_sae or 16 * d_model
         variant.check(F)
-        self.variant, self.d_model, self.d_sae, self.tokens, self.seed = variant, D, F, tokens, seed
+        if getattr(variant, "k_anneal", 0) and tokens is None:
+            raise SaekitError(f"k_anneal = {variant.k_anneal} needs the length of the run; pass tokens=")  # pyright: ignore
+        self.d_model, self.d_sae, self.tokens, self.seed = D, F, tokens, seed
         self.device = resolve_device(str(device))
         self.compute, self.compute_reason = resolve_compute(compute, self.device)
+        self.micro_batches, self.ranks = micro_batches, ranks or Ranks()
         self.dead_after = variant.dead_after or (
             DEAD_AFTER if tokens is None else max(1, min(DEAD_AFTER, tokens // 20))
         )
 
-        mean_D = torch.zeros(D) if statistics is None else statistics.mean_D.float()
-        variance = float(D) if statistics is None else statistics.total_variance
-        if not (math.isfinite(variance) and variance > 0):
-            raise SaekitError(f"the activations have total variance {variance}; there is nothing to learn from them")
-        self.scale = 1 / math.sqrt(variance) if statistics is not None and variant.normalise == "unit" else 1.0
+        if statistics is None:
+            mean_D, variance, self.scale = torch.zeros(D), float(D), 1.0
+        else:
+            mean_D, variance = statistics.mean_D.float(), statistics.total_variance
+            if not (math.isfinite(variance) and variance > 0):
+                raise SaekitError(
+                    f"the activations have total variance {variance}; there is nothing to learn from them"
+                )
+            self.scale = statistics.scale(variant.normalise)
         self.total_variance = variance * self.scale**2
+        start = Start(D, F, self.total_variance, seed)
+        self.variant = variant.resolved(start)
 
         directions = torch.randn(F, D, generator=generator(seed, "decoder"))
-        self.W_dec = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
-        self.W_enc = self.W_dec.clone()
-        self.b_enc = torch.zeros(F, device=self.device)
-        self.b_dec = (mean_D * self.scale if variant.b_dec == "mean" else torch.zeros(D)).to(self.device)
-        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters().items()}
+        W_dec = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
+        b_dec = torch.zeros(D) if variant.b_dec == "zero" else mean_D * self.scale
+        if variant.b_dec == "geometric_median":
+            if fit_rows is None:
+                raise SaekitError("b_dec = geometric_median needs rows to take it from; pass fit_rows=")
+            b_dec = optim.geometric_median(self.normalised(fit_rows))
+        self._parameters = {
+            "W_enc": W_dec.clone(),
+            "W_dec": W_dec,
+            "b_enc": torch.zeros(F, device=self.device),
+            "b_dec": b_dec.to(self.device),
+        }
+        self.buffers: dict[str, Tensor] = {}
+        for name, tensor in self.variant.buffers(start).items():
+            place = self._parameters if isinstance(tensor, Parameter) else self.buffers
+            place[name] = tensor.detach().to(self.device)
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
+        self.averages = {name: torch.zeros_like(p) for name, p in self._parameters.items()} if variant.ema else {}
         # kept for the life of the run: fresh buffers of this size cost their page faults in every step
         self.workspace = Workspace()
-        self.gradients = (torch.empty_like(self.W_dec), torch.empty_like(self.W_enc))
+        self._gradients = (torch.empty_like(W_dec), torch.empty_like(W_dec))
+        self._partial = (torch.empty_like(W_dec), torch.empty_like(W_dec)) if micro_batches > 1 else None
+        self._accumulating = False
+        # of the step in hand: rows of this rank, the first of the micro-batch among them, normals drawn for them
+        self._rows, self._first_row = 0, 0
+        self._noise: tuple[tuple[int, int], Tensor] | None = None
+        self._by_threshold = False
         self.idle_F = torch.zeros(F, dtype=torch.int64, device=self.device)
-        self.dead_ids = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.aux_ids = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.aux_under = torch.zeros(0, dtype=torch.bool, device=self.device)
+        self.hint: Tensor | None = None
+        self.l0 = float(F)
         self.step_count = 0
         self.steps: int | None = None
         self.lr: float | None = None
-        self.bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)
         self.sums: dict[str, Tensor] = {}
         self.logged_steps = 0
         self.fitted = variant.enc_init != "fit"
         if variant.enc_init == "kaiming":
-            self.W_enc *= math.sqrt(2 * D / F)
+            self.W_enc.mul_(math.sqrt(2 * D / F))
         if fit_rows is not None and not self.fitted:
-            self._fit_encoder(fit_rows)
+            self._fit_encoder(fit_rows[:FIT_ROWS], Ranks())
 
     def parameters(self) -> dict[str, Tensor]:
-        return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        """W_enc (F, D), W_dec (F, D), b_enc (F), b_dec (D), and what the variant trains."""
+        return self._parameters
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self._parameters["W_enc"]
+
+    @property
+    def W_dec(self) -> Tensor:
+        return self._parameters["W_dec"]
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self._parameters["b_enc"]
+
+    @property
+    def b_dec(self) -> Tensor:
+        return self._parameters["b_dec"]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held between steps, by kind."""
+
+        def size(tensors) -> int:
+            return sum(t.numel() * t.element_size() for t in tensors)
+
+        return {
+            "weights": size([*self._parameters.values(), *self.averages.values()]),
+            "gradients": size([*self._gradients, *(self._partial or ())]),
+            "adam": size(t for pair in self.moments.values() for t in pair),
+            "buffers": size([*self.buffers.values(), self.idle_F]),
+        }
 
     def normalised(self, raw_BD: Tensor) -> Tensor:
         if raw_BD.ndim != 2 or raw_BD.shape[1] != self.d_model:
@@ -135,141 +210,148 @@ class Trainer:
         x_BD = raw_BD.to(self.device, torch.float32)
         return x_BD * self.scale if self.scale != 1.0 else x_BD
 
-    def _select(self, x_BD: Tensor, *, csc: bool):
-        progress = self.step_count / self.steps if self.steps else 0.0
-        return encode_select(
-            x_BD,
-            self.W_enc,
-            self.b_enc,
-            self.b_dec,
-            rule=self.variant.rule(progress),
-            key=self.variant.key,
-            compute=self.compute,
-            csc=csc,
-            workspace=self.workspace,
-        )
+    def moment(self, x_BD: Tensor, rows: int) -> Moment:
+        return Moment(x_BD, self.b_dec, self.buffers | self._parameters, rows, self.d_sae, self.step_count, self.steps)
 
-    def _fit_encoder(self, raw_BD: Tensor):
+    def _is_dense(self, at: Moment) -> bool:
+        """Whether this step runs on dense matrices: by option, or because many features fire (as of the step before)."""
+        if self.variant.dense:
+            return True
+        self._by_threshold = isinstance(self.variant.rule(at), Threshold | RowMass)
+        return self._by_threshold and self.l0 * DENSE_SHARE > self.d_sae
+
+    def _fit_encoder(self, raw_BD: Tensor, ranks: Ranks):
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
-        x_BD = self.normalised(raw_BD[:FIT_ROWS])
-        y_BD = self._select(x_BD, csc=False).codes.times(self.W_dec)
-        norm = (y_BD * y_BD).sum().item()
+        x_BD = self.normalised(raw_BD)
+        at = self.moment(x_BD, len(x_BD) * ranks.size)
+        if self._is_dense(at):
+            pre_BF = (x_BD - self.b_dec) @ self.W_enc.T
+            y_BD = (pre_BF if self.variant.key == "abs" else pre_BF.relu()) @ self.W_dec
+        else:
+            y_BD = backward.selected(self, x_BD, at, ranks, csc=False)[1].codes.times(self.W_dec)
+        products = torch.stack([((x_BD - self.b_dec) * y_BD).sum(), (y_BD * y_BD).sum()]).double()
+        ranks.sum_([products])
+        along, norm = products.tolist()
         if norm > 0:
-            self.W_enc *= ((x_BD - self.b_dec) * y_BD).sum().item() / norm
+            self.W_enc.mul_(along / norm)
+        self.hint = None
         self.fitted = True
 
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
         """One step on a batch (B, D) in the store's units; returns the named losses, weighted, as 0-d tensors."""
-        if not self.fitted:
-            self._fit_encoder(x_BD)
-        x_BD = self.normalised(x_BD)
-        B = x_BD.shape[0]
+        if x_BD.shape[0] % self.micro_batches:
+            raise SaekitError(f"{x_BD.shape[0]} rows are not divisible by {self.micro_batches} micro-batches")
         if self.lr is None:
-            self.steps = None if self.tokens is None else max(1, self.tokens // B)
-            self.lr = self.variant.lr if self.variant.lr is not None else optim.default_lr(self.d_sae, self.steps)
+            self._begin(x_BD.shape[0] * self.ranks.size)
+        if not self.fitted:
+            self._fit_encoder(x_BD[:FIT_ROWS], self.ranks)
+        x_BD = self.normalised(x_BD)
+        rows = len(x_BD) * self.ranks.size
+        self._rows, self._first_row = len(x_BD), 0
+        named, extra, gradients, bars = {}, {}, {}, []
+        firings_F = torch.zeros_like(self.idle_F)
+        share = 1 / self.micro_batches
+        for i, part_BD in enumerate(x_BD.split(len(x_BD) // self.micro_batches)):
+            self._accumulating = i > 0
+            at = self.moment(part_BD, len(part_BD) * self.ranks.size)
+            found = (backward.dense if self._is_dense(at) else backward.sparse)(self, part_BD, at, share)
+            self._first_row += len(part_BD)
+            for total, values in ((named, found.named), (extra, found.extra)):
+                for name, value in values.items():
+                    total[name] = total.get(name, 0) + value * share
+            gradients = found.gradients if i == 0 else {n: gradients[n].add_(g) for n, g in found.gradients.items()}
+            firings_F += found.out.firings_F
+            if found.out.threshold is not None:
+                bars.append(found.out.threshold)
 
-        selected = self._select(x_BD, csc=True)
-        codes, csc = selected.codes, selected.csc
-        self._count_idle(codes.fired_F(), B)
-
-        sq_B, residual_BD, dv_N = decode_residual_value_grad(codes, self.W_dec, self.b_dec, x_BD)
-        named = {"rec": losses.reconstruction(sq_B, self.total_variance)}
-        # dL/d‖e_b‖² is the same number for every token
-        slope = -2.0 / (B * self.total_variance)
-        coef_enc_N = dv_N * slope
-        coef_dec_N = codes.values * slope
-        g_b_dec = residual_BD.sum(0) * slope
-
-        extra = None
-        weight = getattr(self.variant, "aux", 0.0)
-        if weight and len(self.dead_ids):
-            named["aux"], extra = self._aux(x_BD, residual_BD, weight)
-
-        gW_dec, gW_enc, gb_enc, row_sq_F = segment_weight_grads(
-            csc,
-            coef_dec_N,
-            residual_BD,
-            coef_enc_N,
-            x_BD - self.b_dec,
-            extra=extra,
-            project_onto=self.W_dec,
-            out=self.gradients,
-        )
-        # through x − b_dec, for AuxK's pre-activations too: their bias gradients are in gb_enc
-        g_b_dec -= gb_enc @ self.W_enc
-        sq_norm = row_sq_F.sum() + gb_enc.square().sum() + g_b_dec.square().sum()
-        grad_norm = sq_norm.sqrt()
-        if self.variant.clip is not None:
-            shrink = (self.variant.clip / grad_norm.clamp_min(1e-30)).clamp_max(1.0)
-            for g in (gW_dec, gW_enc, gb_enc, g_b_dec):
-                g *= shrink
-        self._adam({"W_enc": gW_enc, "W_dec": gW_dec, "b_enc": gb_enc, "b_dec": g_b_dec})
-
-        loss = sum(named.values())
-        good = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        self.bad = torch.where((self.bad < 0) & ~good, torch.full_like(self.bad, self.step_count), self.bad)
-        l0 = codes.l0().sum() / B
-        self._add(
-            loss=loss,
-            **named,
-            fvu=named["rec"],
-            l0=l0,
-            grad_norm=grad_norm,
-            budget_unspent=1 - l0 / getattr(self.variant, "k", math.inf),
-        )
+        loss = sum(named.values(), torch.zeros((), device=self.device))
+        self.ranks.mean_([*gradients.values(), loss])
+        grad_norm = self._descend(gradients)
+        self._notice(loss, grad_norm, gradients["W_dec"])
+        out = found.out
+        out.moment, out.firings_F = out.moment._replace(x_BD=x_BD, rows=rows), firings_F
+        out.threshold = torch.stack(bars).mean(0) if bars else None
+        self.variant.after_step(out)
+        l0 = firings_F.sum() / rows
+        if self._by_threshold:
+            self.l0 = float(l0)
+        self._add(loss=loss, **named, **extra, l0=l0, grad_norm=grad_norm)
         self.step_count += 1
         return named
 
-    def _count_idle(self, fired_F: Tensor, B: int):
+    def _begin(self, rows: int):
+        """What needs the size of a batch."""
+        self.steps = None if self.tokens is None else max(1, self.tokens // rows)
+        own = self.variant.lr
+        self.lr = own if own is not None else self.variant.lr_factor * optim.default_lr(self.d_sae, self.steps)
+        advice = self.variant.advice(self.d_sae, rows // self.micro_batches)
+        if advice and self.ranks.rank == 0:
+            Progress.say(advice)
+
+    def gradient_buffers(self) -> tuple[Tensor, Tensor]:
+        """(F, D) for W_dec and W_enc, to be written whole."""
+        return self._partial if self._accumulating and self._partial is not None else self._gradients
+
+    def out(self, slots: Slots, at: Moment, parameters: dict[str, Tensor]) -> Step:
+        return Step(slots, at, parameters, self.total_variance, self.dead_after, self._draw, self._mean_over_ranks)
+
+    def _draw(self, n: int) -> Tensor:
+        """Normals (B, n) of this micro-batch's rows; row i of this rank is row i·R + r of the global batch."""
+        R, r = self.ranks.size, self.ranks.rank
+        if self._noise is None or self._noise[0] != (self.step_count, n):
+            noise = torch.randn(self._rows * R, n, generator=generator(self.seed, f"noise {self.step_count}"))
+            self._noise = (self.step_count, n), noise[r::R].to(self.device)
+        return self._noise[1][self._first_row : self._first_row + self._rows // self.micro_batches]
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        mean = value.detach().clone()
+        self.ranks.mean_([mean])
+        return value + (mean - value.detach())
+
+    def count(self, out: Step, firings_F: Tensor):
         """Counters first, then U, then the losses; a member of U that has fired since is masked at once."""
-        self.idle_F += B
-        self.idle_F.masked_fill_(fired_F, 0)
-        if self.step_count % REBUILD_EVERY == 0:
-            self.dead_ids = (self.idle_F >= self.dead_after).nonzero().squeeze(1)
+        self.ranks.sum_([firings_F])
+        out.firings_F = firings_F
+        self.idle_F += out.moment.rows
+        self.idle_F.masked_fill_(firings_F > 0, 0)
+        if self.step_count % REBUILD_EVERY == 0 and not self._accumulating:
+            dead_F = self.idle_F >= self.dead_after
+            under_F = self.variant.revive(self.buffers, self.dead_after)
+            wanted_F = dead_F if under_F is None else dead_F | under_F
+            self.aux_ids = wanted_F.nonzero().squeeze(1)
+            self.aux_under = torch.zeros_like(dead_F)[self.aux_ids] if under_F is None else under_F[self.aux_ids]
 
-    def _aux(self, x_BD: Tensor, residual_BD: Tensor, weight: float):
-        """AuxK on copies of the dead rows: its loss, and its gradients on these rows."""
-        ids = self.dead_ids
-        W_enc, W_dec, b_enc = (p[ids].requires_grad_() for p in (self.W_enc, self.W_dec, self.b_enc))
-        k_aux = min(getattr(self.variant, "k_aux", None) or self.d_model // 2, len(ids))
-        with torch.enable_grad():
-            y_BD = aux_decode(
-                x_BD,
-                self.b_dec,
-                None,
-                W_enc,
-                b_enc,
-                W_dec,
-                k_aux=k_aux,
-                key=self.variant.key,
-                off_A=self.idle_F[ids] < self.dead_after,
-            )
-            loss = weight * losses.auxk(residual_BD, y_BD)
-        g_enc, g_dec, g_bias = torch.autograd.grad(loss, (W_enc, W_dec, b_enc))
-        return loss.detach(), ExtraRows(ids, g_dec, g_enc, g_bias)
-
-    def _adam(self, gradients: dict[str, Tensor]):
-        assert self.lr is not None, "step() fixes it before the first update"
+    def _descend(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Projection, clipping, Adam, the average of the weights; returns the norm before clipping."""
+        g_dec = gradients["W_dec"]
+        g_dec.addcmul_(torch.linalg.vecdot(g_dec, self.W_dec)[:, None], self.W_dec, value=-1)
+        grad_norm = (
+            torch.stack([g.square().sum() if g.ndim == 1 else _square(g) for g in gradients.values()]).sum().sqrt()
+        )
+        if self.variant.clip is not None:
+            shrink = (self.variant.clip / grad_norm.clamp_min(1e-30)).clamp_max(1.0)
+            for g in gradients.values():
+                g *= shrink
+        assert self.lr is not None, "_begin() fixes it before the first update"
         lr = self.lr * optim.lr_scale(self.step_count, self.steps)
-        for name, w in self.parameters().items():
+        b1, b2 = self.variant.betas
+        for name, w in self._parameters.items():
             m, v = self.moments[name]
-            if w.ndim == 1:
-                w, m, v, g = w[None], m[None], v[None], gradients[name][None]
-            else:
-                g = gradients[name]
+            w, m, v, g = (t if t.ndim == 2 else t[None] for t in (w, m, v, gradients[name]))
             row_adam_(
-                w,
-                m,
-                v,
-                g,
-                step=self.step_count + 1,
-                lr=lr,
-                b1=optim.BETAS[0],
-                b2=optim.BETAS[1],
-                eps=optim.EPS,
-                unit_norm=name == "W_dec",
+                w, m, v, g, step=self.step_count + 1, lr=lr, b1=b1, b2=b2, eps=optim.EPS, unit_norm=name == "W_dec"
             )
+        for name, average in self.averages.items():
+            average.lerp_(self._parameters[name], 1 - self.variant.ema)
+        return grad_norm
+
+    def _notice(self, loss: Tensor, grad_norm: Tensor, g_dec: Tensor):
+        """A sticky flag on the device: the first step whose loss or gradient is not finite, and the first feature of it."""
+        good, bad_F = torch.isfinite(loss) & torch.isfinite(grad_norm), ~g_dec[:, 0].isfinite()
+        feature = torch.where(bad_F.any(), bad_F.to(torch.int8).argmax(), -1)
+        found = torch.stack([torch.full_like(feature, self.step_count), feature])
+        self.bad = torch.where((self.bad[0] < 0) & ~good, found, self.bad)
 
     def _add(self, **values: Tensor):
         for name, value in values.items():
@@ -277,54 +359,83 @@ class Trainer:
         self.logged_steps += 1
 
     def log(self) -> dict:
-        """Means over the steps since the last call, with `dead` and `lr` as they are now.
+        """Means over the steps since the last call and over ranks, with `dead`, `lr` and scalar buffers as they are now.
 
         Raises SaekitError if a loss or gradient has become infinite or NaN since the last call.
         """
         self.raise_if_bad()
-        values = {name: (total / max(1, self.logged_steps)).item() for name, total in self.sums.items()}
+        names = sorted(self.sums)
+        means = [(self.sums[name] / max(1, self.logged_steps)).double() for name in names]
+        self.ranks.mean_(means)
         self.sums, self.logged_steps = {}, 0
         return {
-            **values,
+            **{name: mean.item() for name, mean in zip(names, means, strict=True)},
             "dead": int((self.idle_F >= self.dead_after).sum()),
             "lr": (self.lr or 0.0) * optim.lr_scale(max(0, self.step_count - 1), self.steps),
+            **{name: t.item() for name, t in self.buffers.items() if name in self.variant.logged},
         }
 
     def raise_if_bad(self):
-        step = self.bad.item()
+        step, feature = self.bad.tolist()
         if step >= 0:
+            where = f", first in the gradient of feature {feature:,}" if feature >= 0 else ""
             raise SaekitError(
-                f"loss or gradient norm became infinite or NaN at step {step}; nothing was saved since; "
+                f"loss or gradient norm became infinite or NaN at step {step}{where}; nothing was saved since; "
                 "look at the rows of that batch with saekit check, or lower --lr"
             )
 
     def sae(self, config: dict | None = None) -> SAE:
-        """The SAE as it is now, for raw activations: biases are divided by the input scale, matrices stay."""
-        s = self.scale
-        return SAE(self.variant, self.W_enc.clone(), self.W_dec.clone(), self.b_enc / s, self.b_dec / s, config)
+        """The SAE as it is now, for raw activations: biases and thresholds are divided by the input scale, matrices stay."""
+        s, weights = self.scale, {name: p.clone() for name, p in self._parameters.items()}
+        if self.averages and self.step_count:
+            weights = {name: t / (1 - self.variant.ema**self.step_count) for name, t in self.averages.items()}
+            weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-12)
+        variant, extra = self.variant.folded({**self.buffers, **weights}, s)
+        matrices = weights["W_enc"], weights["W_dec"]
+        extra = {name: t.clone() for name, t in extra.items()}
+        return SAE(variant, *matrices, weights["b_enc"] / s, weights["b_dec"] / s, config, extra, variant.provisional)
+
+    def finish(self, config: dict | None, rows: Callable[[int], Iterator[Tensor]]) -> SAE:
+        """The final SAE: thresholds calibrated, signs in their gauge. `rows(n)`: about the first n training rows, raw, in chunks."""
+        sae = self.sae(config)
+        sae.options = {**sae.options, **sae.variant.finish(sae, rows)}
+        return sae
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, plain values): all that a later step depends on."""
-        tensors = dict(self.parameters())
+        tensors = dict(self._parameters)
         for name, (m, v) in self.moments.items():
             tensors[f"adam_m.{name}"], tensors[f"adam_v.{name}"] = m, v
-        tensors |= {"idle": self.idle_F, "dead_ids": self.dead_ids}
+        tensors |= {f"buffer.{name}": t.reshape(-1) for name, t in self.buffers.items()}
+        tensors |= {f"average.{name}": t for name, t in self.averages.items()}
+        tensors |= {"idle": self.idle_F, "aux_ids": self.aux_ids, "aux_under": self.aux_under.to(torch.uint8)}
         tensors |= {f"sum.{name}": total.reshape(1) for name, total in self.sums.items()}
         return tensors, {
             "step": self.step_count,
             "steps": self.steps,
             "lr": self.lr,
+            "l0": self.l0,
             "logged_steps": self.logged_steps,
             "fitted": self.fitted,
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict):
-        for name, p in self.parameters().items():
+        for name, p in self._parameters.items():
             p.copy_(tensors[name])
             for moment, kind in zip(self.moments[name], ("m", "v"), strict=True):
                 moment.copy_(tensors[f"adam_{kind}.{name}"])
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"buffer.{name}"].view_as(buffer))
+        for name, average in self.averages.items():
+            average.copy_(tensors[f"average.{name}"])
         self.idle_F.copy_(tensors["idle"])
-        self.dead_ids = tensors["dead_ids"].to(self.device)
+        self.aux_ids = tensors["aux_ids"].to(self.device)
+        self.aux_under = tensors["aux_under"].to(self.device, torch.bool)
         self.sums = {k[4:]: t[0].to(self.device) for k, t in tensors.items() if k.startswith("sum.")}
-        self.step_count, self.steps, self.lr = values["step"], values["steps"], values["lr"]
+        self.step_count, self.steps, self.lr, self.l0 = (values[k] for k in ("step", "steps", "lr", "l0"))
         self.logged_steps, self.fitted = values["logged_steps"], values["fitted"]
+
+
+def _square(g_FD: Tensor) -> Tensor:
+    """‖g‖², row by row: a matrix of 75 MB and its squares do not fit a cache."""
+    return torch.linalg.vecdot(g_FD, g_FD).sum()

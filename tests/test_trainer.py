@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import saekit as sk
-from saekit import losses, optim
+from saekit import backward, losses, optim
 from saekit.errors import SaekitError
+from saekit.ranks import Ranks
 from saekit.trainer import InputStatistics, Trainer, generator
 
 
@@ -37,11 +38,20 @@ def dense_gradients(trainer, x_BD, dead=None):
     return named, rec.item(), aux.item()
 
 
+def codes_of(trainer, raw_BD):
+    x_BD = trainer.normalised(raw_BD)
+    return backward.selected(trainer, x_BD, trainer.moment(x_BD, len(x_BD)), Ranks(), csc=False)[1].codes
+
+
 def captured_step(trainer, x_BD, monkeypatch):
     """The gradients that a step hands to Adam."""
     seen = {}
-    monkeypatch.setattr(trainer, "_adam", lambda gradients: seen.update({k: g.clone() for k, g in gradients.items()}))
-    return trainer.step(x_BD), seen
+    names = {p.data_ptr(): name for name, p in trainer.parameters().items()}
+    monkeypatch.setattr(
+        "saekit.trainer.row_adam_", lambda w, m, v, g, **_: seen.update({names[w.data_ptr()]: g.clone()})
+    )
+    named = trainer.step(x_BD)
+    return named, {name: g.view_as(trainer.parameters()[name]) for name, g in seen.items()}
 
 
 @pytest.fixture
@@ -51,8 +61,8 @@ def x_BD():
 
 def test_gradients_equal_dense_autograd(x_BD, monkeypatch):
     trainer = Trainer(sk.TopK(k=5, d_sae=64), d_model=16)
-    trainer.b_dec += 0.1 * torch.randn(16)
-    trainer.b_enc += 0.1 * torch.randn(64)
+    trainer.b_dec.add_(0.1 * torch.randn(16))
+    trainer.b_enc.add_(0.1 * torch.randn(64))
     named, got = captured_step(trainer, x_BD, monkeypatch)
     expected, rec, _ = dense_gradients(trainer, x_BD)
     assert named["rec"].item() == pytest.approx(rec, rel=1e-5)
@@ -63,16 +73,16 @@ def test_gradients_equal_dense_autograd(x_BD, monkeypatch):
 
 def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, monkeypatch):
     trainer = Trainer(sk.TopK(k=3, d_sae=64, dead_after=1000), d_model=16)
-    trainer._fit_encoder(x_BD)
+    trainer._fit_encoder(x_BD, Ranks())
     dead = torch.tensor([3, 17, 40, 41, 63])
     trainer.b_enc[dead] -= 0.5  # less likely winners, yet positive on some rows
     with torch.no_grad():
-        fired = trainer._select(trainer.normalised(x_BD), csc=False).codes.fired_F()
+        fired = codes_of(trainer, x_BD).fired_F()
     dead = dead[~fired[dead]]
     assert len(dead) >= 2
     trainer.idle_F[dead] = 10_000
     named, got = captured_step(trainer, x_BD, monkeypatch)
-    assert set(trainer.dead_ids.tolist()) == set(dead.tolist())
+    assert set(trainer.aux_ids.tolist()) == set(dead.tolist())
     expected, _, aux = dense_gradients(trainer, x_BD, dead)
     assert named["aux"].item() == pytest.approx(aux, rel=1e-4) and aux > 0
     for name, g in expected.items():
@@ -106,10 +116,10 @@ def test_dead_counting_is_in_tokens_and_a_feature_leaves_when_it_fires():
     assert trainer.log()["dead"] == 0
     trainer.step(x)
     assert trainer.log()["dead"] == 3  # 64 tokens
-    assert len(trainer.dead_ids) == 0  # the list is rebuilt at steps divisible by 64
+    assert len(trainer.aux_ids) == 0  # the list is rebuilt at steps divisible by 64
     trainer.step_count = 64
     trainer.step(x)
-    assert trainer.dead_ids.tolist() == [1, 2, 3]
+    assert trainer.aux_ids.tolist() == [1, 2, 3]
     y = torch.zeros(32, 4)
     y[:, 2] = 5.0
     trainer.step(y)
@@ -144,7 +154,7 @@ def test_folded_sae_on_raw_equals_the_trainer_on_scaled_input(x_BD):
     assert trainer.total_variance == pytest.approx(1.0)
     for _ in range(5):
         trainer.step(raw)
-    inside = trainer._select(trainer.normalised(raw), csc=False).codes.dense() / trainer.scale
+    inside = codes_of(trainer, raw).dense() / trainer.scale
     outside = trainer.sae().encode(raw).dense()
     assert torch.equal(inside != 0, outside != 0)
     torch.testing.assert_close(outside, inside, rtol=1e-4, atol=1e-4)
@@ -158,7 +168,7 @@ def test_nan_stops_the_run_at_the_next_log(x_BD):
     bad[5, 3] = math.nan
     trainer.step(bad)
     trainer.step(x_BD)
-    with pytest.raises(SaekitError, match="at step 1;"):
+    with pytest.raises(SaekitError, match="at step 1, first in the gradient of feature"):
         trainer.log()
 
 

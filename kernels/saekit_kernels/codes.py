@@ -62,6 +62,14 @@ class Codes:
         return cls(values_N, indices_N.to(torch.int32), row_ptr.to(torch.int32), n_features)
 
     @classmethod
+    def of_dense(cls, dense_BF: Tensor) -> "Codes":
+        """Flat codes of the entries of a (B, F) matrix that are not 0."""
+        row, feature = dense_BF.nonzero(as_tuple=True)
+        row_ptr = torch.zeros(len(dense_BF) + 1, dtype=torch.int32, device=dense_BF.device)
+        torch.cumsum(torch.bincount(row, minlength=len(dense_BF)), 0, dtype=torch.int32, out=row_ptr[1:])
+        return cls.flat(row_ptr, feature, dense_BF[row, feature], dense_BF.shape[1])
+
+    @classmethod
     def concatenate(cls, parts: list["Codes"]) -> "Codes":
         """The rows of all parts, in order. Raises ValueError unless they have one F and one form (row-wise: one K)."""
         forms = {(p.n_features, p.values.shape[1] if p.row_ptr is None else "flat") for p in parts}

@@ -4,43 +4,49 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from saekit.errors import SaekitError
-from saekit.variants.base import Variant
+from saekit.variants.base import Counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Variant):
+class TopK(Counted):
     """c = relu(pre) on the k largest pre of each row,  pre = (x − b_dec) W_encᵀ + b_enc,  x̂ = c W_dec + b_dec
 
     L = Σ‖x − x̂‖² / (B·V) + aux · AuxK. Training and inference use the same rule. A row with fewer than k positive
-    pre-activations has fewer than k codes.
+    pre-activations has fewer than k codes. Multi-TopK adds multi_k · FVU of the reconstruction by the 4k largest.
     """
 
     name: ClassVar[str] = "topk"
-    key: ClassVar[str] = "relu"
-    signed: ClassVar[bool] = False
+    values_at_inference: ClassVar[bool] = False
 
-    k: int = 32
-    """Features kept per token."""
-    aux: float = 1 / 32
-    """Weight of AuxK, the loss that revives dead features; 0 = off."""
-    k_aux: int | None = None
-    """Dead features that AuxK keeps per token; None = D // 2, at most as many as are dead."""
+    multi_k: float = 0.0
+    """Weight of Multi-TopK, the error of the 4k largest codes; 0 = off, 1/8 is usual."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.k < 1:
-            raise SaekitError(f"k = {self.k} keeps no feature; pass --k 1 or more")
-        if self.d_sae is not None:
-            self.check(self.d_sae)
+    def rule(self, at):
+        from saekit_kernels import RowCount
 
-    def check(self, d_sae: int):
-        if self.k > d_sae:
-            raise SaekitError(f"k = {self.k} exceeds d_sae = {d_sae}; lower --k or raise --d-sae")
+        k = self.k_now(at)
+        return RowCount(min(4 * k, at.features) if self.multi_k else k)
 
-    def rule(self, progress: float):
+    def inference_rule(self, at):
         from saekit_kernels import RowCount
 
         return RowCount(self.k)
+
+    @property
+    def own_values(self) -> bool:
+        return self.multi_k > 0
+
+    own_losses = own_values
+
+    def values(self, out):
+        import torch
+
+        place = out.pre.detach().topk(self.k_now(out.moment), dim=1).indices
+        return torch.where(torch.zeros_like(out.pre, dtype=torch.bool).scatter_(1, place, True), out.pre, 0)
+
+    def losses(self, out):
+        error = out.x_BD - out.decode(out.pre, out.parameters["W_dec"], out.parameters["b_dec"])
+        return {"multi_k": self.multi_k * error.square().sum() / (len(error) * out.total_variance)}
 
     def inference_options(self) -> dict:
         return {"k": self.k, "relu": True}
