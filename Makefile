@@ -47,7 +47,7 @@ bench-gpu: .venv/tested
 	$(BIN)/python kernels/benchmarks/bench.py --device cuda $(if $(OP),--op $(OP))
 
 study: .venv/installed
-	$(BIN)/python docs/study/demo_sweep.py
+	$(BIN)/python docs/study/variants.py
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3 found; saekit needs Python 3.11 or later"; exit 1; }

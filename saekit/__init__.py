@@ -17,11 +17,22 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AbsTopK": "saekit.variants",
+    "FeatureChoice": "saekit.variants",
+    "Gated": "saekit.variants",
+    "JumpReLU": "saekit.variants",
+    "Matryoshka": "saekit.variants",
+    "MutualChoice": "saekit.variants",
+    "ReLU": "saekit.variants",
     "SAE": "saekit.sae",
     "SaekitError": "saekit.errors",
     "StreamOptions": "saekit.config",
+    "Synthetic": "saekit.synthetic",
+    "TopAFA": "saekit.variants",
     "TopK": "saekit.variants",
+    "Trainer": "saekit.trainer",
     "VARIANTS": "saekit.variants",
+    "Variational": "saekit.variants",
     "build_index": "saekit.feature_index",
     "collect": "saekit.collector",
     "evaluate": "saekit.evaluation",
@@ -33,9 +44,20 @@ _HOMES = {
 __all__ = [
     "SAE",
     "VARIANTS",
+    "AbsTopK",
+    "FeatureChoice",
+    "Gated",
+    "JumpReLU",
+    "Matryoshka",
+    "MutualChoice",
+    "ReLU",
     "SaekitError",
     "StreamOptions",
+    "Synthetic",
+    "TopAFA",
     "TopK",
+    "Trainer",
+    "Variational",
     "__version__",
     "build_index",
     "collect",
@@ -56,7 +78,21 @@ if TYPE_CHECKING:
     from saekit.run import train
     from saekit.sae import SAE
     from saekit.store import open_store
-    from saekit.variants import VARIANTS, TopK
+    from saekit.synthetic import Synthetic
+    from saekit.trainer import Trainer
+    from saekit.variants import (
+        VARIANTS,
+        AbsTopK,
+        FeatureChoice,
+        Gated,
+        JumpReLU,
+        Matryoshka,
+        MutualChoice,
+        ReLU,
+        TopAFA,
+        TopK,
+        Variational,
+    )
 
 
 def __getattr__(name: str):

@@ -1,6 +1,6 @@
 """The sweep behind the demo's options: k, learning rate and number of features on the bundled model's store.
 
-    make study            python docs/study/demo_sweep.py [--acts demo/acts] [--out study]
+    python docs/study/demo_sweep.py [--acts demo/acts] [--out study]
 
 One seed. Each row: held-out FVU and L0, silent features over all rows of the held-out part, CE recovered, seconds. Finished
 rows are kept, so that the same command continues.

