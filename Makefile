@@ -47,6 +47,7 @@ bench-gpu: .venv/tested
 	$(BIN)/python kernels/benchmarks/bench.py --device cuda $(if $(OP),--op $(OP))
 
 study: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'
 	$(BIN)/python docs/study/variants.py
 
 .venv/bin/python:

@@ -103,7 +103,7 @@ def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
     out = trainer.out(SparseSlots(kept, pre, csc), at, graph)
     out.threshold = found.threshold
     with torch.enable_grad():
-        out.values = variant.values(out)
+        out.values = variant.values(out) if variant.own_values else pre
     codes = kept.with_values(out.values.detach())
     # without values of their own, slots and firings are the same
     firings_F = csc.ptr.diff().long() if not trainer.variant.own_values else build_csc(codes).ptr.diff().long()
@@ -121,7 +121,7 @@ def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
     leaf_grads: dict[str, Tensor] = {}
     if own:
         with torch.enable_grad():
-            more = variant.losses(out)
+            more = variant.losses(out) if variant.own_losses else {}
             total = sum((loss * share for loss in more.values()), torch.zeros((), device=x_BD.device))
         ends = [(out.values, g_pre), (total, torch.ones_like(total))]
         ends = [(end, g) for end, g in ends if end.requires_grad]
@@ -228,7 +228,7 @@ def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
             mask_BF, out_threshold, extra = _mask(trainer, x_BD, pre_BF.detach(), at)
             out = trainer.out(DenseSlots(pre_BF, mask_BF), at, graph)
             out.threshold = out_threshold
-            out.values = torch.where(mask_BF, variant.values(out), 0)
+            out.values = torch.where(mask_BF, variant.values(out) if variant.own_values else pre_BF, 0)
         trainer.count(out, (out.values.detach() != 0).sum(0))
 
         recs, residual_BD = [], x_BD - graph["b_dec"]
@@ -236,7 +236,7 @@ def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
         for first, last in zip((0, *bounds), bounds):
             residual_BD = residual_BD - out.values[:, first:last] @ graph["W_dec"][first:last]
             recs.append(losses.reconstruction(residual_BD.square().sum(1), V))
-        named = {"rec": torch.stack(recs).mean(), **variant.losses(out)}
+        named = {"rec": torch.stack(recs).mean(), **(variant.losses(out) if variant.own_losses else {})}
         total = sum(named.values(), torch.zeros((), device=x_BD.device)) * share
     grads = torch.autograd.grad(total, list(graph.values()), allow_unused=True)
     gradients = {

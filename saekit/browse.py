@@ -29,7 +29,7 @@ def _is_sae(folder: Path) -> bool:
         return False
 
 
-def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
+def command(path: Path, *, host: str, port: int, model: bool, variant_file: Path | None = None) -> list[str]:
     """The Streamlit command line: bound to one address, no questions, no statistics, nothing watched."""
     spec = importlib.util.find_spec("saekit_browser")
     if spec is None or not spec.submodule_search_locations:
@@ -47,16 +47,24 @@ def command(path: Path, *, host: str, port: int, model: bool) -> list[str]:
     hosts = [("server.allowedHosts", name) for name in dict.fromkeys((host, "127.0.0.1", "localhost"))]
     flags = [word for key, value in [*options.items(), *hosts] for word in (f"--{key}", str(value))]
     rest = [str(path.resolve()), *([] if model else ["--no-model"])]
+    if variant_file is not None:
+        rest += ["--variant-file", str(variant_file.resolve())]
     return [sys.executable, "-m", "streamlit", "run", str(main), *flags, "--", *rest]
 
 
 def serve(
-    path: Path, *, host: str = "127.0.0.1", port: int = 8501, model: bool = True, say: Callable[[str], None] = print
+    path: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8501,
+    model: bool = True,
+    variant_file: Path | None = None,
+    say: Callable[[str], None] = print,
 ):
     """Serves the SAEs at `path` until Ctrl-C; `say` gets the address. Raises SaekitError before any server starts if
     there is nothing to show."""
     find_saes(path)
-    line = command(path, host=host, port=port, model=model)
+    line = command(path, host=host, port=port, model=model, variant_file=variant_file)
     say(f"saekit browser: http://{host}:{port}   (Ctrl-C ends it)")
     process = subprocess.Popen(line, stdin=subprocess.DEVNULL)
     try:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +32,16 @@ usage: saekit VERB [options]        saekit VERB --help
   demo                                          all of it on the bundled language model, offline, in minutes
 
   a first try:  saekit demo
+"""
+
+TRAIN_HELP = """usage: saekit train VARIANT STORE --out SAE [options]
+       saekit train VARIANT --stream MODEL --site SITE --text SOURCE --out SAE [options]
+       saekit train sweep FILE.toml STORE --out DIR [options]
+
+variants: {variants}
+
+saekit train topk --help lists the options, saekit train sweep --help those of several SAEs in one pass;
+torchrun --nproc-per-node N -m saekit train ... uses N processes
 """
 
 
@@ -121,58 +132,184 @@ def collect(argv: list[str]):
 def train(argv: list[str]):
     from saekit.variants import VARIANTS
 
-    names = [name.replace("_", "-") for name in VARIANTS]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "usage: saekit train VARIANT STORE --out SAE [options]\n"
-            "       saekit train VARIANT --stream MODEL --site SITE --text SOURCE --out SAE [options]\n\n"
-            f"variants: {', '.join(names)}\n\nsaekit train topk --help lists the options"
-        )
-        return
-    if argv[0] not in names:
-        raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], names)}")
-    from saekit.config import RunOptions, StreamOptions
+    argv, file = _taken(argv, "--variant-file")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        _register(Path(file) if file is not None else None)
+        names = [name.replace("_", "-") for name in VARIANTS]
+        if not argv or argv[0] in ("-h", "--help"):
+            print(TRAIN_HELP.format(variants=", ".join(names)), end="")
+            return
+        if argv[0] not in (*names, "sweep"):
+            raise SaekitError(f"no variant {argv[0]}; {_nearest(argv[0], [*names, 'sweep'])}")
+        parse = _parse_sweep if argv[0] == "sweep" else _parse_variant
+        variant, store, out, options, stream, dry = parse(argv[0], argv[1:])
+    except SaekitError:
+        # every process of torchrun finds the same, and the first one says it
+        if not first:
+            raise SystemExit(2) from None
+        raise
+    if dry:
+        from saekit.dry_run import dry_run
 
-    Variant = VARIANTS[argv[0].replace("-", "_")]
+        table = dry_run(variant, store, out=out, stream=stream, **vars(options))
+        if first:
+            print(table)
+        return
+    from saekit.run import train as train_
+    from saekit.run_folder import summary
+
+    train_(variant, store, out=out, stream=stream, **vars(options))
+    if not first:
+        return
+    elsewhere = (" --store ACTS" if store is None else "") + (f" --variant-file {file}" if file else "")
+    if isinstance(variant, dict):
+        for name in variant:
+            print(f"{name}: {summary(out / name)}")
+        print(f"next:  saekit evaluate {out / next(iter(variant))}{elsewhere}")
+    else:
+        print(f"{summary(out)}\nnext:  saekit evaluate {out}{elsewhere}   and   saekit index {out}{elsewhere}")
+
+
+def _parse_variant(name: str, argv: list[str]):
+    from saekit.config import RunOptions, StreamOptions
+    from saekit.variants import VARIANTS
+
+    Variant = VARIANTS[name.replace("-", "_")]
 
     def parse(
         store: _positional(Path | None, "ACTS") = None,
         *,
         out: Path,
+        dry_run: bool = False,
+        variant_file: Path | None = None,
         variant: Variant,
         run: RunOptions,
         stream: StreamOptions,
     ):
-        return store, out, variant, run, stream
+        return variant, store, out, run, stream, dry_run
 
     parse.__doc__ = f"""{(Variant.__doc__ or "").splitlines()[0]}
 
     Args:
         store: Activation store, from saekit collect; none with --stream.
         out: Folder of the new SAE; an unfinished run there continues.
+        dry_run: Say what the run would take, from a few steps; write nothing.
+        variant_file: Python file that defines the variant.
     """
-    store, out, variant, options, stream = _parse(parse, argv[1:], f"saekit train {argv[0]}")
-    from saekit.run import Run, open_source
+    return _parse_train(parse, name, argv, (Variant, RunOptions, StreamOptions))
 
-    run = Run(variant, open_source(store, stream, out, options), out, options)
-    run.train()
-    elsewhere = " --store ACTS" if store is None else ""
-    print(f"{run.summary()}\nnext:  saekit evaluate {out}{elsewhere}   and   saekit index {out}{elsewhere}")
+
+def _parse_sweep(name: str, argv: list[str]):
+    from saekit.config import RunOptions, StreamOptions
+    from saekit.sweep import read_sweep
+
+    file = next((word for word in argv if word.endswith(".toml")), None)
+    if file is None and not {"-h", "--help"} & set(argv):
+        raise SaekitError("no sweep file named, it ends in .toml: saekit train sweep FILE.toml STORE --out DIR")
+    sweep = read_sweep(Path(file)) if file is not None else None
+    defaults = RunOptions(**sweep.options) if sweep else RunOptions()
+    stream_defaults = StreamOptions(**sweep.stream) if sweep else StreamOptions()
+
+    def parse(
+        file: _positional(Path, "FILE.toml"),
+        store: _positional(Path | None, "ACTS") = None,
+        *,
+        out: Path,
+        dry_run: bool = False,
+        variant_file: Path | None = None,
+        run: RunOptions = defaults,
+        stream: StreamOptions = stream_defaults,
+    ):
+        """Trains several SAEs in one pass over the rows; each is the one it would be alone.
+
+        Args:
+            file: The SAEs and what is common to them (docs/training.md); an option typed here goes before [common].
+            store: Activation store, from saekit collect; none with --stream.
+            out: Folder that gets a folder for each SAE; unfinished ones there continue, finished ones are left alone.
+            dry_run: Say what the run would take, from a few steps; write nothing.
+            variant_file: Python file that defines a variant.
+        """
+        return sweep.variants if sweep else {}, store, out, run, stream, dry_run
+
+    return _parse_train(parse, name, argv, (RunOptions, StreamOptions))
+
+
+def _parse_train(parse: Callable, name: str, argv: list[str], classes: tuple[type, ...]):
+    """As `_parse`, with one line for what does not fit: an unknown option gets the nearest one."""
+    import dataclasses
+    import io
+    from contextlib import redirect_stderr
+
+    from saekit.sweep import no_option
+
+    known = ["out", "dry_run", "variant_file", *(field.name for cls in classes for field in dataclasses.fields(cls))]
+    for word in argv:
+        option = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and option.removeprefix("no_") not in (*known, "help"):
+            message = no_option(name, option, known, "--")
+            raise SaekitError(message + ("" if ";" in message else f"; saekit train {name} --help lists them"))
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return _parse(parse, argv, f"saekit train {name}")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise SaekitError(f"{_boxed(said.getvalue())} saekit train {name} --help lists the options") from None
+
+
+def _boxed(text: str) -> str:
+    """The sentence in tyro's box of an error: behind the title, up to a rule; drawn in either character set."""
+    words = []
+    for line in text.splitlines()[1:]:
+        line = line.strip("│ ")
+        if line.strip("─-"):
+            words.append(line)
+        elif words:
+            break
+    return " ".join(words).rstrip(".") + ";"
+
+
+def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
+    """The words without an option that must be known before the others are parsed, and its value."""
+    for i, word in enumerate(argv):
+        if word == option and i + 1 < len(argv):
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+        if word.startswith(f"{option}="):
+            return argv[:i] + argv[i + 1 :], word.split("=", 1)[1]
+    return argv, None
+
+
+def _register(variant_file: Path | None):
+    """Makes the variants of a file known."""
+    if variant_file is not None:
+        from saekit.variants.files import load_variant_file
+
+        load_variant_file(variant_file)
 
 
 def evaluate(argv: list[str]):
     from saekit.config import EvaluateOptions
 
-    def parse(sae: _positional(Path, "SAE"), *, measuring: EvaluateOptions, json: bool = False):
+    def parse(
+        sae: _positional(Path, "SAE"),
+        *,
+        measuring: EvaluateOptions,
+        json: bool = False,
+        variant_file: Path | None = None,
+    ):
         """Measures an SAE on held-out text.
 
         Args:
             sae: SAE folder.
             json: Print evaluation.json instead of the table.
+            variant_file: Python file that defines the variant, for one that is not built in.
         """
-        return sae, measuring, json
+        return sae, measuring, json, variant_file
 
-    sae, options, as_json = _parse(parse, argv, "saekit evaluate")
+    sae, options, as_json, variant_file = _parse(parse, argv, "saekit evaluate")
+    _register(variant_file)
     from saekit.evaluation import evaluate as evaluate_
 
     evaluation = evaluate_(sae, **vars(options))
@@ -187,24 +324,34 @@ def evaluate(argv: list[str]):
 def index(argv: list[str]):
     from saekit.config import IndexOptions
 
-    def parse(sae: _positional(Path, "SAE"), *, indexing: IndexOptions):
+    def parse(sae: _positional(Path, "SAE"), *, indexing: IndexOptions, variant_file: Path | None = None):
         """Encodes a store and writes the feature index: every firing of every feature.
 
         Args:
             sae: SAE folder; the index goes to its sub-folder index/.
+            variant_file: Python file that defines the variant, for one that is not built in.
         """
-        return sae, indexing
+        return sae, indexing, variant_file
 
-    sae, options = _parse(parse, argv, "saekit index")
+    sae, options, variant_file = _parse(parse, argv, "saekit index")
+    _register(variant_file)
     from saekit.feature_index import build_index
 
     found = build_index(sae, **vars(options))
     m = found.manifest
-    print(f"{m['Z']:,} firings of {m['F']:,} features on {m['E']:,} tokens\nnext:  saekit browse {sae}")
+    named = "" if variant_file is None else f" --variant-file {variant_file}"
+    print(f"{m['Z']:,} firings of {m['F']:,} features on {m['E']:,} tokens\nnext:  saekit browse {sae}{named}")
 
 
 def browse(argv: list[str]):
-    def parse(path: _positional(Path, "PATH"), *, host: str = "127.0.0.1", port: int = 8501, model: bool = True):
+    def parse(
+        path: _positional(Path, "PATH"),
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8501,
+        model: bool = True,
+        variant_file: Path | None = None,
+    ):
         """Opens the features of an SAE, or of a folder of SAEs, in the browser.
 
         Args:
@@ -212,13 +359,17 @@ def browse(argv: list[str]):
             host: Address to listen on.
             port: Port to listen on.
             model: Offer the panels that need the language model.
+            variant_file: Python file that defines the variant, for one that is not built in.
         """
-        return path, host, port, model
+        return path, host, port, model, variant_file
 
-    path, host, port, model = _parse(parse, argv, "saekit browse")
+    path, host, port, model, variant_file = _parse(parse, argv, "saekit browse")
+    # an error in the file is one line here, before any server starts
+    _register(variant_file)
     from saekit.browse import serve
 
-    serve(path, host=host, port=port, model=model, say=lambda line: print(line, file=sys.stderr, flush=True))
+    say = partial(print, file=sys.stderr, flush=True)
+    serve(path, host=host, port=port, model=model, variant_file=variant_file, say=say)
 
 
 def feature(argv: list[str]):
@@ -229,6 +380,7 @@ def feature(argv: list[str]):
         html: Path | None = None,
         view: Literal["top", "quantiles", "random", "near"] = "top",
         zoom: Literal["stacked", "snippet", "full"] = "snippet",
+        variant_file: Path | None = None,
     ):
         """Shows features in the terminal, or writes them as one HTML file.
 
@@ -238,10 +390,12 @@ def feature(argv: list[str]):
             html: Write one self-contained HTML file instead.
             view: Which examples.
             zoom: How much text the HTML file shows around each of them.
+            variant_file: Python file that defines the variant, for one that is not built in.
         """
-        return sae, number, html, view, zoom
+        return sae, number, html, view, zoom, variant_file
 
-    sae, numbers, html, view, zoom = _parse(parse, argv, "saekit feature")
+    sae, numbers, html, view, zoom, variant_file = _parse(parse, argv, "saekit feature")
+    _register(variant_file)
     if not numbers:
         raise SaekitError(f"no feature named; for example  saekit feature {sae} 123")
     from saekit.feature_index import open_index
@@ -265,6 +419,7 @@ def check(argv: list[str]):
         recompute: int = 0,
         model: str | None = None,
         device: str = "auto",
+        variant_file: Path | None = None,
     ):
         """Checks a store, an SAE folder or an index against its own manifest: sizes, checksums, shapes, values.
 
@@ -275,10 +430,12 @@ def check(argv: list[str]):
             recompute: Compute so many random sequences of a store again and compare.
             model: Language model for repair and recompute; None = the one the store was collected from.
             device: Where it runs; bytes are equal only on the kind of device the store was made on.
+            variant_file: Python file that defines the variant of an SAE, for one that is not built in.
         """
-        return path, quick, repair, recompute, model, device
+        return path, quick, repair, recompute, model, device, variant_file
 
-    path, quick, repair, recompute, model, device = _parse(parse, argv, "saekit check")
+    path, quick, repair, recompute, model, device, variant_file = _parse(parse, argv, "saekit check")
+    _register(variant_file)
     manifest = path / "manifest.json"
     if (path / "config.json").is_file() or (path / "run.json").is_file():
         from saekit.sae import check_sae

@@ -101,7 +101,9 @@ class RunOptions:
     tokens: int | None = None
     """Rows to train on; None = epochs × rows."""
     batch: int = 4096
-    """Tokens per step."""
+    """Tokens per step, over all ranks."""
+    micro_batches: int = 1
+    """Parts in which a batch is computed, to save memory. Selection looks at one part: another number is another experiment."""
     split: Literal["train", "all"] = "train"
     """`all` reads the held-out rows too, and the provenance says so."""
     seed: int = 0
@@ -122,11 +124,20 @@ class RunOptions:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; None = steps / 20, at least 200."""
+    keep: Literal[2, "all"] = 2
+    """Checkpoints that stay: the last two, or all."""
+    accept_environment: bool = False
+    """Go on although saekit, torch, the device or the number of ranks are not those the run was begun with."""
+    tensorboard: bool = False
+    """Write metrics.jsonl to tensorboard/ as well; needs the package tensorboard."""
+    wandb: str | None = None
+    """Send metrics.jsonl to this project of Weights & Biases; needs the package wandb."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise SaekitError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("epochs", "tokens", "batch", "micro_batches", "statistics_rows", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaekitError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

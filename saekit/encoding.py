@@ -19,6 +19,8 @@ from saekit.sae import SAE
 from saekit.store import Store
 
 CHUNK_ROWS = 8192
+CHUNK_CODES = 1 << 22
+"""Where many features fire a chunk has fewer rows, so that it holds about so many codes at most."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def encode_store(
     heldout = np.zeros(store.n_sequences, bool)
     heldout[store.heldout_sequences()] = True
     device = sae.W_enc.device
+    start, size = 0, min(CHUNK_ROWS, max(1, CHUNK_CODES // sae.d_sae))
     with Progress(name, len(rows), "tokens") as progress:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            part = rows[start : start + CHUNK_ROWS]
+        while start < len(rows):
+            part = rows[start : start + size]
             lo, hi = int(part[0]), int(part[-1]) + 1
             block = store.read(site, lo, hi)
             if hi - lo != len(part):
@@ -81,5 +84,7 @@ def encode_store(
             for consumer in consumers:
                 consumer.update(chunk)
             progress.advance(len(part))
+            start += len(part)
+            size = min(CHUNK_ROWS, max(1, CHUNK_CODES * len(part) // max(1, codes.values.numel())))
     for consumer in consumers:
         consumer.finish()

@@ -27,7 +27,7 @@ from saekit.progress import Progress
 T = TypeVar("T")
 
 SUMMED = (torch.float32, torch.float64, torch.int64)
-# a copy of this many bytes costs less than a call of its own
+# smaller tensors are copied into one buffer, so that they share a call
 PACKED_BYTES = 1 << 18
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import saekit
 from saekit.errors import SaekitError
+from saekit.progress import Progress
 from saekit.step import Moment, SparseSlots, inference_step
 from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, read_header, write_tensors
-from saekit.variants import VARIANTS, Variant
+from saekit.variants import VARIANTS, FeatureChoice, Variant
 
 FORMAT, FORMAT_VERSION = "saekit-sae", 1
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
@@ -208,7 +209,31 @@ class SAE(nn.Module):
         if config["decoder_norm"] == "unit" and not sae.has_unit_rows():
             raise SaekitError(f"{weights}: rows of W_dec do not have norm 1 as config.json says; restore it")
         sae.path = folder
+        if options.get("threshold_source") == "running average":
+            Progress.say(f"{folder}: its thresholds are running averages of training, not calibrated; L0 may be off")
         return sae.to(device)
+
+
+def _wrong_values(sae: SAE) -> list[str]:
+    """What cannot be in the tensors of an SAE."""
+    problems = [
+        f"{name} holds values that are not finite" for name, t in sae.state_dict().items() if not t.isfinite().all()
+    ]
+    if (threshold := sae.extra.get("threshold")) is not None:
+        if (threshold < 0).any():
+            problems.append(f"threshold goes down to {threshold.min():.3g}; it is 0 or more")
+        if torch.finfo(threshold.dtype).bits < 32:
+            problems.append(f"threshold is {str(threshold.dtype).removeprefix('torch.')}; it is float32 or wider")
+    if isinstance(sae.variant, FeatureChoice):
+        budget_F, k = sae.extra["budget"], sae.variant.k
+        total = float(budget_F.double().sum())
+        if (budget_F < 0).any() or (budget_F > 1).any():
+            problems.append(
+                f"budget goes from {budget_F.min():.3g} to {budget_F.max():.3g}; it is a share of the tokens"
+            )
+        if not abs(total / k - 1) < 1e-3:
+            problems.append(f"budget adds up to {total:.4g} features per token, k is {k}")
+    return problems
 
 
 def _numpy(t: Tensor):
@@ -243,13 +268,16 @@ def read_config(folder: str | Path) -> dict:
             f"{folder} has SAE format {config.get('format_version')}, this saekit reads {FORMAT_VERSION}; upgrade saekit"
         )
     if config["variant"] not in VARIANTS:
-        raise SaekitError(f"{folder}: variant {config['variant']} is not built in; known are {', '.join(VARIANTS)}")
+        raise SaekitError(
+            f"{folder}: variant {config['variant']} is not built in; pass --variant-file with the Python file that defines it, "
+            "or call saekit.variants.files.load_variant_file"
+        )
     return config
 
 
 def check_sae(folder: str | Path) -> list[str]:
-    """What is wrong with an SAE folder: weights against their checksum, shapes, finite values, unit decoder rows, and
-    whether evaluation and index belong to it. Empty = sound."""
+    """What is wrong with an SAE folder: weights against their checksum, names, shapes, values, unit decoder rows, and whether
+    evaluation and index belong to it. Empty = sound."""
     folder = Path(folder)
     try:
         sae = SAE.load(folder)
@@ -258,9 +286,9 @@ def check_sae(folder: str | Path) -> list[str]:
     problems = []
     if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != sae.config["weights"]["sha256"]:
         problems.append(f"{WEIGHTS} is damaged (sha256 differs)")
-    problems += [
-        f"{name} holds values that are not finite" for name, p in sae.named_parameters() if not p.isfinite().all()
-    ]
+    problems += _wrong_values(sae)
+    unknown = read_header(folder / WEIGHTS).keys() - sae.state_dict().keys()
+    problems += [f"{WEIGHTS} holds {name}, which {sae.variant.name} does not have" for name in sorted(unknown)]
     for path, read in (
         ("evaluation.json", lambda c: c["sae"]["fingerprint"]),
         ("index/manifest.json", lambda c: c["fingerprints"]["sae"]),

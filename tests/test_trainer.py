@@ -168,7 +168,7 @@ def test_nan_stops_the_run_at_the_next_log(x_BD):
     bad[5, 3] = math.nan
     trainer.step(bad)
     trainer.step(x_BD)
-    with pytest.raises(SaekitError, match="at step 1, first in the gradient of feature"):
+    with pytest.raises(SaekitError, match="in step 2, first in the gradient of feature"):
         trainer.log()
 
 
@@ -212,3 +212,10 @@ def test_only_fit_fits(x_BD):
         torch.testing.assert_close(trainer.W_enc, scale * trainer.W_dec)
     fitted = Trainer(sk.TopK(k=4, d_sae=64), d_model=16, fit_rows=x_BD)
     assert not torch.allclose(fitted.W_enc, fitted.W_dec)
+
+
+def test_an_overflowing_decoder_row_is_named(x_BD):
+    trainer = Trainer(sk.TopK(k=4, d_sae=64, lr=1e38), d_model=16)
+    trainer.step(x_BD)
+    with pytest.raises(SaekitError, match=r"decoder row of feature \d+ overflowed by step 1; .* lower --lr"):
+        trainer.log()

@@ -47,6 +47,8 @@ class Arguments:
     """Folder that is browsed: one SAE, or a folder of them."""
     model: bool
     """Whether the language model may be loaded."""
+    variant_file: Path | None
+    """Python file that defines the variant of an SAE."""
 
 
 @functools.cache
@@ -54,8 +56,9 @@ def arguments() -> Arguments:
     parser = argparse.ArgumentParser(prog="saekit browse")
     parser.add_argument("path", type=Path)
     parser.add_argument("--no-model", action="store_true")
+    parser.add_argument("--variant-file", type=Path)
     given = parser.parse_args(sys.argv[1:])
-    return Arguments(given.path.resolve(), not given.no_model)
+    return Arguments(given.path.resolve(), not given.no_model, given.variant_file)
 
 
 # SAEs
@@ -130,7 +133,10 @@ def _open(path: str, stamp: str) -> FeatureIndex:
 @st.cache_resource(show_spinner=False, max_entries=4)
 def sae(path: str, stamp: str):
     from saekit.sae import SAE
+    from saekit.variants.files import load_variant_file
 
+    if (file := arguments().variant_file) is not None:
+        load_variant_file(file)
     return SAE.load(path)
 
 

@@ -246,7 +246,13 @@ def _flatten(rule: Rule, like: Tensor) -> tuple[str, int, Tensor | None, float, 
         return name, 0, rule.m_F, 0.0, rule.hint_F
     if isinstance(rule, RowMass):
         return name, 0, rule.t_B, 0.0, None
-    return name, 0, torch.as_tensor(rule.theta, dtype=like.dtype, device=like.device), rule.margin, None
+    return (
+        name,
+        0,
+        torch.as_tensor(rule.theta, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device),
+        rule.margin,
+        None,
+    )
 
 
 def _encode(x: Tensor, W_enc, b_enc, b_in, rule: Rule, key, scale, compute, workspace):

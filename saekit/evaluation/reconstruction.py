@@ -3,7 +3,7 @@
 1. Per token: ‖x − x̂‖², ‖x − μ0‖², norms, number of features that fire, Σ|a_j|‖d_j‖.
 2. Sums about the store's mean μ0, corrected at the end to the mean μ of the evaluated tokens:
    Σ‖x − μ‖² = Σ‖x − μ0‖² − T‖μ − μ0‖².
-3. A feature fires iff its code is not 0.
+3. A feature fires iff its code is not 0; codes of either sign count, and are counted apart too.
 
 T tokens · D model width · F features.
 """
@@ -16,6 +16,8 @@ from saekit.evaluation.metrics import BlockSums, Metric
 from saekit.sae import SAE
 
 DENSITY_EDGES = np.linspace(-7, 0, 61)
+# a feature is two-sided if each sign has so many firings, and such a share of them
+SIDE_FIRINGS, SIDE_SHARE = 64, 0.05
 
 
 class Reconstruction:
@@ -28,6 +30,7 @@ class Reconstruction:
         D, F = sae.d_in, sae.d_sae
         self.tokens = 0
         self.firings = np.zeros(F, np.int64)
+        self.negative = np.zeros(F, np.int64)
         self.energy = np.zeros(F)
         self.l0_counts = np.zeros(F + 1, np.int64)
         self.sum_D = np.zeros(D)
@@ -61,6 +64,7 @@ class Reconstruction:
         )
         self.tokens += len(l0)
         self.firings += np.bincount(feature, minlength=len(self.firings))
+        self.negative += np.bincount(feature[value < 0], minlength=len(self.firings))
         self.energy += np.bincount(feature, weights=strength**2, minlength=len(self.energy))
         self.l0_counts += np.bincount(l0, minlength=len(self.l0_counts))
         self.sum_D += _np(centred.double().sum(0))
@@ -93,7 +97,7 @@ class Reconstruction:
         top = np.sort(np.linalg.eigvalsh(cov))[::-1][: max(0, round(l0[0]))].sum()
         energy = self.energy.sum() or 1.0
         D = self.sae.d_in
-        return {
+        metrics = {
             "fvu": metric(fvu, "ratio", "lower", "fvu", baselines={"mean": 1.0, "pca_l0": max(0.0, 1 - top / spread)}),
             "l0": metric(
                 l0,
@@ -136,6 +140,18 @@ class Reconstruction:
             "gamma": metric((b.ratio("y_sq", "dot"), None), "ratio", "none", "gamma", note="1 = no shrinkage"),
             "l1": metric(per_token("l1"), "activation", "none", "l1"),
         }
+        if self.sae.variant.signed:
+            metrics["two_sided"] = self.two_sided()
+        return metrics
+
+    def two_sided(self) -> Metric:
+        """Share of the features that fire, with both signs often enough. Flipping a feature changes nothing."""
+        n, rarer = self.firings, np.minimum(self.negative, self.firings - self.negative)
+        both = (n > 0) & (rarer >= np.maximum(SIDE_FIRINGS, SIDE_SHARE * n))
+        alive = int((n > 0).sum())
+        note = f"of {alive:,} that fire; {rarer.sum() / max(1, n.sum()):.1%} of firings have the rarer sign of their feature"
+        value = float(both.sum() / alive) if alive else None
+        return Metric(value, "share", "none", self.tokens, "two_sided/1", note=note if alive else "nothing fires")
 
     def density_histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """(edges of log10 density (61), counts (60)) over features that fired."""

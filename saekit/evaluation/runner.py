@@ -72,8 +72,8 @@ def evaluate(sae, store=None, **options) -> Evaluation:
         tier1 = Reconstruction(sae, mean_D, sequences, options.seed)
         encode_store(sae, store, site, [tier1], rows=rows, name="evaluate")
         metrics = tier1.metrics()
-        _count_in_index(sae, metrics)
-        keep("1", metrics, _warnings_1(sae, metrics, len(rows)), _save_density(sae, tier1), start)
+        warnings = [*_count_in_index(sae, metrics), *_warnings_1(sae, metrics, len(rows))]
+        keep("1", metrics, warnings, _save_density(sae, tier1), start)
     if lm is not None:
         start = time.monotonic()
         few = _first_tokens(store, sequences, options.lm_tokens)
@@ -107,13 +107,17 @@ def _first_tokens(store, sequences: np.ndarray, tokens: int) -> np.ndarray:
     return sequences[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))]
 
 
-def _count_in_index(sae: SAE, metrics: dict[str, Metric]):
-    """Silent features are counted over all tokens of the index where there is one: density needs no held-out text."""
+def _count_in_index(sae: SAE, metrics: dict[str, Metric]) -> list[str]:
+    """Silent features are counted over all tokens of the index where there is one: density needs no held-out text. Returns
+    warnings: an index that cannot be used counts nothing."""
     from saekit.feature_index import open_index
 
     if sae.path is None or not (sae.path / "index" / "manifest.json").is_file():
-        return
-    index = open_index(sae.path)
+        return []
+    try:
+        index = open_index(sae.path)
+    except SaekitError as error:
+        return [f"silent features are those of the held-out tokens: {error}"]
     n = int(index.manifest["E"])
     silent = int((np.asarray(index.column("n")) == 0).sum())
     F = sae.d_sae
@@ -128,6 +132,7 @@ def _count_in_index(sae: SAE, metrics: dict[str, Metric]):
         "dead_at/1",
         note=f"without a firing in the {n:,} tokens of the index; density below {3 / n:.1g} (95 %)",
     )
+    return []
 
 
 def _warnings_1(sae: SAE, metrics: dict[str, Metric], n: int) -> list[str]:
@@ -135,12 +140,25 @@ def _warnings_1(sae: SAE, metrics: dict[str, Metric], n: int) -> list[str]:
     fvu = metrics["fvu"].value
     if fvu is not None and fvu >= 1:
         found.append(f"FVU {fvu:.2f} is worse than predicting the mean: wrong site or scaling?")
-    k, l0 = sae.config["options"].get("k"), metrics["l0"].value
-    if k and abs(l0 / k - 1) > 0.05:
-        found.append(f"L0 {l0:.1f} is {abs(l0 / k - 1):.0%} {'below' if l0 < k else 'above'} k = {k}")
+    (name, target, tolerance), l0 = _target(sae), metrics["l0"].value
+    if target and l0 is not None and abs(l0 / target - 1) > tolerance:
+        found.append(
+            f"L0 {l0:.1f} is {abs(l0 / target - 1):.0%} {'below' if l0 < target else 'above'} {name} = {target:g}"
+        )
+    if sae.config["options"].get("threshold_source") == "running average":
+        found.append("thresholds are running averages of training, not calibrated: L0 may be off")
     if n < FEW_TOKENS:
         found.append(f"measured on {n:,} tokens; under {FEW_TOKENS:,} the intervals are wide")
     return found
+
+
+def _target(sae: SAE) -> tuple[str, float | None, float]:
+    """What L0 was to be, by its name, and the share it may be off; None where nothing was aimed at."""
+    if k := sae.config["options"].get("k"):
+        return "k", k, 0.05
+    trained = (sae.config.get("provenance") or {}).get("training") or {}
+    # a penalty whose weight was set by hand aims at nothing
+    return "l0", trained.get("l0") if trained.get("l1") is None else None, 0.1
 
 
 def _save_density(sae: SAE, tier1: Reconstruction) -> dict:
@@ -148,5 +166,6 @@ def _save_density(sae: SAE, tier1: Reconstruction) -> dict:
         return {}
     edges, counts = tier1.density_histogram()
     (sae.path / "evaluation").mkdir(exist_ok=True)
-    write_tensors(sae.path / "evaluation" / "density.safetensors", {"edges": edges, "counts": counts.astype(np.int64)})
+    tensors = {"edges": edges, "counts": counts.astype(np.int64), "n": tier1.firings, "n_neg": tier1.negative}
+    write_tensors(sae.path / "evaluation" / "density.safetensors", tensors)
     return {"density_hist": "evaluation/density.safetensors"}

@@ -58,6 +58,8 @@ from saekit.store.format import (
 
 EXPONENT_TOKENS = 65_536
 """The value exponent is chosen from so many tokens."""
+PENDING_CODES = 1 << 24
+"""Codes that may wait for it; where many features fire these are fewer tokens."""
 BY_TOKEN_BYTES = 8 << 30
 RAM = 1 << 30
 # sites that add straight into the residual stream, where a decoder row times the unembedding means something
@@ -128,7 +130,8 @@ class IndexBuilder:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             ram = max(64 << 20, min(RAM, free // 4))
         self.ram = ram
-        self.signed = bool(sae.config.get("signed", False))
+        signed = sae.config.get("signed")
+        self.signed = bool(sae.variant.signed if signed is None else signed)
         self.index: FeatureIndex | None = None
         self.files: dict[str, dict] = {}
         self.warnings: list[str] = []
@@ -201,6 +204,12 @@ class IndexBuilder:
             raise SaekitError(
                 f"feature {feature[bad]:,} has the code {value[bad]} at position {positions[row[bad]]:,}; saekit check {self.folder}"
             )
+        if not self.signed and value.min(initial=0) < 0:
+            bad = int(value.argmin())
+            raise SaekitError(
+                f"feature {feature[bad]:,} has the code {value[bad]} at position {positions[row[bad]]:,}, and the variant "
+                f"{self.sae.config.get('variant')} says that no code is negative; let its property `signed` be True"
+            )
         self.encoded[positions] = True
         self._per_token["norm_x"][positions] = torch.linalg.vector_norm(x, dim=1).cpu().numpy()
         self._per_token["norm_code"][positions] = norm_code
@@ -215,7 +224,7 @@ class IndexBuilder:
         self._largest_early = max(self._largest_early, float(size[:early].max(initial=0)))
         self._seen += take
         self._pending.append((row, feature, value))
-        if self._seen >= EXPONENT_TOKENS:
+        if self._seen >= EXPONENT_TOKENS or sum(len(value) for _, _, value in self._pending) >= PENDING_CODES:
             self._flush()
 
     def _mark_early(self, positions: np.ndarray):
@@ -300,8 +309,11 @@ class IndexBuilder:
         self.files[file] = write_tensors(self.partial / file, tensors, align=first)
 
     def _rescale(self):
-        """Brings stretches written with a smaller exponent to the last one, exact powers of two."""
-        final = self._runs[0][1] if len(self._runs) == 1 else exponent_of(self._largest)
+        """Brings stretches written with another exponent to the one of the first tokens, or of all where that overflows: exact
+        powers of two."""
+        final = exponent_of(self._largest_early)
+        if quantise(np.array([self._largest], np.float32), final)[1]:
+            final = exponent_of(self._largest)
         ends = [first for first, _ in self._runs[1:]] + [self.Z]
         for (first, exponent), end in zip(self._runs, ends, strict=True):
             for lo in range(first, end if exponent != final else first, BLOCK_FIRINGS):
@@ -401,7 +413,7 @@ class IndexBuilder:
     def _geometry(self) -> dict[str, np.ndarray]:
         """Norms and cosines of the rows; writes neighbours.safetensors where the product is small enough."""
         columns, dec_FD, enc_FD = weight_columns(self.sae)
-        largest, tables = neighbours(dec_FD, enc_FD)
+        largest, tables = neighbours(dec_FD, enc_FD, self.signed)
         if tables:
             self._write("neighbours", tables)
         return columns | largest

@@ -33,8 +33,10 @@ def weight_columns(sae) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tens
     return {name: column.cpu().numpy() for name, column in columns.items()}, dec_FD, enc_FD
 
 
-def neighbours(dec_FD: torch.Tensor, enc_FD: torch.Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """From unit rows: the columns of largest cosines, and the tensors of neighbours.safetensors.
+def neighbours(
+    dec_FD: torch.Tensor, enc_FD: torch.Tensor, signed: bool
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """From unit rows: the columns of the most similar row, and the tensors of neighbours.safetensors.
 
     Undefined columns and no tensors for a single feature, and where the product is too large.
     """
@@ -51,10 +53,11 @@ def neighbours(dec_FD: torch.Tensor, enc_FD: torch.Tensor) -> tuple[dict[str, np
     with Progress("neighbours", 2 * F, "features") as progress:
         dec_feature, dec_cos = nearest_rows(dec_FD, NEIGHBOURS, progress)
         enc_feature, enc_cos = nearest_rows(enc_FD, NEIGHBOURS, progress)
+    nearest, cos = most_similar(dec_FD, dec_feature, dec_cos, signed)
     columns = {
-        "max_dec_cos": dec_cos[:, 0].copy(),
-        "max_enc_cos": enc_cos[:, 0].copy(),
-        "max_dec_feature": dec_feature[:, 0].copy(),
+        "max_dec_cos": cos,
+        "max_enc_cos": most_similar(enc_FD, enc_feature, enc_cos, signed)[1],
+        "max_dec_feature": nearest,
     }
     tables = {
         "decoder_feature": dec_feature,
@@ -87,6 +90,29 @@ def nearest_rows(W_FD: torch.Tensor, k: int, progress: Progress) -> tuple[np.nda
         cosines[lo : lo + len(part), : keep - 1] = np.where(there, np.take_along_axis(value, order, 1), 0)
         progress.advance(len(part))
     return features, cosines
+
+
+def most_similar(
+    W_FD: torch.Tensor, features: np.ndarray, cosines: np.ndarray, signed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar other row of each unit row, from its nearest by |cosine|: number (F) uint32, cosine (F) float32.
+
+    By |cosine| for signed codes; by the cosine where codes have one sign, since an opposite row detects nothing then.
+    """
+    if signed:
+        return features[:, 0].copy(), cosines[:, 0].copy()
+    there = features != ABSENT
+    best = np.where(there, cosines, -2).argmax(1)[:, None]
+    feature, cos = np.take_along_axis(features, best, 1)[:, 0], np.take_along_axis(cosines, best, 1)[:, 0]
+    # all the nearest are opposite ones: the most similar may be none of them
+    rows = np.flatnonzero(there[:, 0] & (cos <= 0))
+    for part in np.split(rows, range(256, len(rows), 256)) if len(rows) else ():
+        at = torch.from_numpy(part).to(W_FD.device)
+        all_cos = (W_FD[at] @ W_FD.T).clamp(-1, 1)
+        all_cos[torch.arange(len(at)), at] = -2
+        value, index = all_cos.max(1)
+        cos[part], feature[part] = value.cpu().numpy(), index.cpu().numpy()
+    return feature, cos
 
 
 def logit_weights(W_dec_FD: torch.Tensor, W_U_VD: torch.Tensor) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

@@ -318,7 +318,7 @@ def flag_bits(c: dict[str, np.ndarray], n_encoded: int, signed: bool) -> np.ndar
         rules = {
             "dead": n == 0,
             "dense": n > 0.1 * n_encoded,
-            "near-duplicate": np.abs(c["max_dec_cos"]) > 0.9,
+            "near-duplicate": (np.abs(c["max_dec_cos"]) if signed else c["max_dec_cos"]) > 0.9,
             "one-sided": (n > 0) & ((c["n_pos"] == 0) | (c["n_neg"] == 0)) & signed,
             "capped": c["kept"] < 1,
             "start-of-sequence": c["start_share"] > 0.5,

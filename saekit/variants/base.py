@@ -225,7 +225,7 @@ class Counted(Revived):
         if not self.k_anneal:
             return self.k
         left = max(0.0, 1 - at.progress / self.k_anneal)
-        return max(self.k, round(self.k + (at.x_BD.shape[1] - self.k) * left))
+        return max(self.k, round(self.k + (min(at.x_BD.shape[1], at.features) - self.k) * left))
 
     def inference_options(self) -> dict:
         return {"k": self.k}

@@ -113,7 +113,7 @@ class Variational(Counted):
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter_(
             1, rank.topk(self.k_now(out.moment), dim=1).indices, True
         )
-        return torch.where(kept, z, 0)
+        return torch.where(kept & (rank > 0), z, 0)
 
     def losses(self, out):
         import torch

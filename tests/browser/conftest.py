@@ -163,12 +163,11 @@ def make_sae(
     towards -= W_U_VD[torch.from_numpy(after)].mean(0)
     W_dec_FD = torch.nn.functional.normalize(towards + 0.02 * torch.from_numpy(rng.normal(size=(n_features, WIDTH))).float() * towards.norm(dim=1).mean(), dim=1)  # fmt: skip
     W_dec_FD[R + 2] = torch.nn.functional.normalize(W_dec_FD[R + 1] + 0.01 * W_dec_FD[R], dim=0)
-    variant = VARIANTS["topk"](k=8, d_sae=n_features)
+    variant = VARIANTS["abs_topk" if signed else "topk"](k=8, d_sae=n_features)
     model = lm.manifest_entry()
     config = {
         "site": SITE,
         "model": model,
-        "signed": signed,
         "context": {"length": CONTEXT, "prepend_bos": True, "dropped_ids": [0]},
     }
     sae = SAE(variant, W_dec_FD.clone(), W_dec_FD, torch.zeros(n_features), torch.zeros(WIDTH), config)

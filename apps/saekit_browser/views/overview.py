@@ -132,8 +132,11 @@ def spectrum(idx):
     )
     silent = int((density == 0).sum())
     dense = int((density > 0.1).sum())
+    both = int(((idx.column("n_pos") > 0) & (idx.column("n_neg") > 0)).sum())
+    signs = f" {both:,} fire with both signs." if idx.signed else ""
     st.caption(
-        f"{silent:,} silent features are left out; {dense:,} fire on more than 10 % of tokens. A bar opens its features."
+        f"{silent:,} silent features are left out; {dense:,} fire on more than 10 % of tokens.{signs} "
+        "A bar opens its features."
     )
     with st.expander("Numbers"):
         st.dataframe({"share of tokens": names, "features": counts[shown]}, hide_index=True, height=220)
@@ -215,8 +218,8 @@ def picks(idx) -> list[tuple[int, str]]:
         take(rarer, often & (rarer > 0.05), 2, "two-sided, {:.0%} on the rarer side")
     take(idx.column("token_entropy").astype(float), sparse, 2, "many different tokens, {:.1f} bits")
     take(idx.column("density"), often, 1, "fires on {:.1%} of tokens")
-    cosine = np.abs(idx.column("max_dec_cos").astype(float))
-    take(cosine, often, 1, "nearest decoder row at cosine {:.2f}")
+    cosine = idx.column("max_dec_cos").astype(float)
+    take(np.abs(cosine) if idx.signed else cosine, often, 1, "nearest decoder row at cosine {:.2f}")
     draw = np.random.default_rng(int(idx.fingerprint[7:23], 16)).random(len(idx))
     take(draw, n > 0, CARDS - len(chosen), "drawn at random")
     return list(chosen.items())
