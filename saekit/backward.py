@@ -19,6 +19,7 @@ from saekit_kernels import (
     ColumnCount,
     Csc,
     RowCount,
+    Rule,
     Threshold,
     aux_decode,
     build_csc,
@@ -29,6 +30,7 @@ from saekit_kernels import (
 from torch import Tensor
 
 from saekit import losses
+from saekit.ranks import Ranks
 from saekit.selection import encode_select_over
 from saekit.step import DenseSlots, Moment, SparseSlots, Step
 
@@ -50,9 +52,10 @@ class Found:
     """Further numbers for the log."""
 
 
-def selected(trainer: "Trainer", x_BD: Tensor, at: Moment, ranks, *, csc: bool):
-    """The rule's codes of the selection batch, this rank's rows, with the hint that the last call gave."""
-    rule = trainer.variant.rule(at)
+def selected(trainer: "Trainer", x_BD: Tensor, at: Moment, ranks: Ranks, *, csc: bool, rule: Rule | None = None):
+    """The rule, and its codes of the selection batch: this rank's rows, with the hint that the last call gave. `rule` = None:
+    the one of training."""
+    rule = rule or trainer.variant.rule(at)
     if isinstance(rule, BatchCount):
         rule = dataclasses.replace(rule, hint=trainer.hint)
     elif isinstance(rule, ColumnCount):
@@ -220,9 +223,9 @@ def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
         graph = leaves(trainer)
         pre_BF = torch.addmm(graph["b_enc"], x_BD - graph["b_dec"], graph["W_enc"].T)
         extra: dict[str, Tensor] = {}
-        if variant.select is not None:
+        if variant.select is not None or variant.keeps_all:
             out = trainer.out(DenseSlots(pre_BF, torch.ones_like(pre_BF, dtype=torch.bool)), at, graph)
-            values = variant.select(pre_BF)
+            values = variant.values(out) if variant.select is None else variant.select(pre_BF)
             out.values = values.dense() if isinstance(values, Codes) else values
         else:
             mask_BF, out_threshold, extra = _mask(trainer, x_BD, pre_BF.detach(), at)

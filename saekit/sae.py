@@ -41,6 +41,9 @@ OWN_KEYS = (
     "fingerprint",
 )
 
+# a threshold in bf16 would cut elsewhere, budgets would no longer add up
+KEPT_WIDE = ("threshold", "budget")
+
 
 class SAE(nn.Module):
     """codes = select((x − b_dec) W_encᵀ + b_enc) by the variant's inference rule,  x̂ = codes W_dec + b_dec
@@ -101,10 +104,9 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in self._extra}
 
     def _apply(self, fn, recurse=True):
-        wide = {name: t for name, t in self.extra.items() if name == "threshold"}
+        wide = {name: t for name, t in self.extra.items() if name in KEPT_WIDE}
         super()._apply(fn, recurse)
         for name, before in wide.items():
-            # a threshold in bf16 would cut elsewhere
             if torch.finfo(getattr(self, name).dtype).bits < 32:
                 setattr(self, name, before.to(self.W_enc.device))
         return self
@@ -122,15 +124,21 @@ class SAE(nn.Module):
         return parts[0] if len(parts) == 1 else Codes.concatenate(parts)
 
     def _encode(self, x_BD: Tensor) -> Codes:
-        variant, extra = self.variant, self.extra
-        at = Moment(x_BD, self.b_dec, extra, len(x_BD), self.d_sae)
+        variant, dtype = self.variant, torch.promote_types(self.W_enc.dtype, torch.float32)
+        # norms and magnitudes of narrow weights are computed in float32, as the products are
+        extra = {name: t.to(dtype) for name, t in self.extra.items()}
+        x_BD, b_dec = x_BD.to(dtype), self.b_dec.to(dtype)
+        at = Moment(x_BD, b_dec, extra, len(x_BD), self.d_sae)
         if variant.select is not None:
-            return Codes.of_dense(variant.select(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T)))
+            pre_BF = torch.addmm(self.b_enc.to(dtype), x_BD - b_dec, self.W_enc.T.to(dtype))
+            codes = variant.select(pre_BF)
+            codes = codes if isinstance(codes, Codes) else Codes.of_dense(codes)
+            return codes.with_values(codes.values.to(self.W_enc.dtype))
         kept = encode_select(
             x_BD, self.W_enc, self.b_enc, self.b_dec, rule=variant.inference_rule(at), key=variant.key, compute="fp32"
         ).codes
         if variant.own_values and variant.values_at_inference:
-            parameters = {**dict(self.named_parameters()), **extra}
+            parameters = {**{name: p.to(dtype) for name, p in self.named_parameters()}, **extra}
             kept = kept.with_values(variant.values(inference_step(SparseSlots(kept), at, parameters)))
         return kept.with_values(kept.values.to(self.W_enc.dtype))
 
@@ -193,7 +201,10 @@ class SAE(nn.Module):
                 "restore it or train again"
             )
         F, D = config["d_sae"], config["d_in"]
-        variant = VARIANTS[config["variant"]].from_inference_options(config["options"], F)
+        try:
+            variant = VARIANTS[config["variant"]].from_inference_options(config["options"], F)
+        except KeyError as missing:
+            raise SaekitError(f"{folder / CONFIG}: options lack {missing}; restore it or train again") from None
         shapes = {"W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), **variant.saved_shapes(F, D)}
         tensors = _read_tensors(weights)
         for name, shape in shapes.items():

@@ -17,10 +17,10 @@ folds the scale s into the weights it hands out.
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from saekit_kernels import RowMass, Threshold, Workspace, row_adam_
+from saekit_kernels import RowCount, RowMass, Threshold, Workspace, row_adam_
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -118,7 +118,12 @@ class Trainer:
             self.scale = statistics.scale(variant.normalise)
         self.total_variance = variance * self.scale**2
         start = Start(D, F, self.total_variance, seed)
-        self.variant = variant.resolved(start)
+        self.variant = variant = replace(variant, d_sae=F).resolved(start)
+
+        try:
+            self.variant.inference_options()
+        except TypeError as error:
+            raise SaekitError(f"variant {variant.name} could not be saved: {error}") from None
 
         directions = torch.randn(F, D, generator=generator(seed, "decoder"))
         W_dec = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
@@ -225,11 +230,14 @@ class Trainer:
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
         x_BD = self.normalised(raw_BD)
         at = self.moment(x_BD, len(x_BD) * ranks.size)
-        if self._is_dense(at):
+        rule = self.variant.inference_rule(at)
+        if self._is_dense(at) and not isinstance(rule, RowCount):
             pre_BF = (x_BD - self.b_dec) @ self.W_enc.T
             y_BD = (pre_BF if self.variant.key == "abs" else pre_BF.relu()) @ self.W_dec
         else:
-            y_BD = backward.selected(self, x_BD, at, ranks, csc=False)[1].codes.times(self.W_dec)
+            # what is kept of a row in the end, where that is a rule of rows
+            rule = rule if isinstance(rule, RowCount) else None
+            y_BD = backward.selected(self, x_BD, at, ranks, csc=False, rule=rule)[1].codes.times(self.W_dec)
         products = torch.stack([((x_BD - self.b_dec) * y_BD).sum(), (y_BD * y_BD).sum()]).double()
         ranks.sum_([products])
         along, norm = products.tolist()
@@ -272,8 +280,10 @@ class Trainer:
         self._notice(loss, grad_norm, gradients["W_dec"])
         out = found.out
         out.moment, out.firings_F = out.moment._replace(x_BD=x_BD, rows=rows), firings_F
-        out.threshold = torch.stack(bars).mean(0) if bars else None
+        out.threshold = _mean_of_kept(torch.stack(bars)) if bars else None
         self.variant.after_step(out)
+        for name, average in self.averages.items():
+            average.lerp_(self._parameters[name], 1 - self.variant.ema)
         l0 = firings_F.sum() / rows
         if self._by_threshold:
             self.l0 = float(l0)
@@ -287,8 +297,10 @@ class Trainer:
         own = self.variant.lr
         self.lr = own if own is not None else self.variant.lr_factor * optim.default_lr(self.d_sae, self.steps)
         advice = self.variant.advice(self.d_sae, rows // self.micro_batches)
-        if advice and self.ranks.rank == 0:
-            Progress.say(advice)
+        dense = f"{self.variant.name} trains on dense matrices of pre-activations" if self.variant.dense else None
+        for line in filter(None, (advice, dense)):
+            if self.ranks.rank == 0:
+                Progress.say(line)
 
     def gradient_buffers(self) -> tuple[Tensor, Tensor]:
         """(F, D) for W_dec and W_enc, to be written whole."""
@@ -324,7 +336,7 @@ class Trainer:
             self.aux_under = torch.zeros_like(dead_F)[self.aux_ids] if under_F is None else under_F[self.aux_ids]
 
     def _descend(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Projection, clipping, Adam, the average of the weights; returns the norm before clipping."""
+        """Projection, clipping, Adam; returns the norm before clipping."""
         g_dec = gradients["W_dec"]
         g_dec.addcmul_(torch.linalg.vecdot(g_dec, self.W_dec)[:, None], self.W_dec, value=-1)
         grad_norm = (
@@ -343,8 +355,6 @@ class Trainer:
             row_adam_(
                 w, m, v, g, step=self.step_count + 1, lr=lr, b1=b1, b2=b2, eps=optim.EPS, unit_norm=name == "W_dec"
             )
-        for name, average in self.averages.items():
-            average.lerp_(self._parameters[name], 1 - self.variant.ema)
         return grad_norm
 
     def _notice(self, loss: Tensor, grad_norm: Tensor, g_dec: Tensor):
@@ -416,6 +426,9 @@ class Trainer:
         tensors |= {f"buffer.{name}": t.reshape(-1) for name, t in self.buffers.items()}
         tensors |= {f"average.{name}": t for name, t in self.averages.items()}
         tensors |= {"idle": self.idle_F, "aux_ids": self.aux_ids, "aux_under": self.aux_under.to(torch.uint8)}
+        if self.hint is not None:
+            # it changes which products are computed anew, and those round otherwise
+            tensors["hint"] = self.hint.reshape(-1)
         tensors |= {f"sum.{name}": total.reshape(1) for name, total in self.sums.items()}
         return tensors, {
             "step": self.step_count,
@@ -438,6 +451,8 @@ class Trainer:
         self.idle_F.copy_(tensors["idle"])
         self.aux_ids = tensors["aux_ids"].to(self.device)
         self.aux_under = tensors["aux_under"].to(self.device, torch.bool)
+        hint = tensors.get("hint")
+        self.hint = None if hint is None else hint.to(self.device).view(-1 if len(hint) > 1 else ())
         self.sums = {k[4:]: t[0].to(self.device) for k, t in tensors.items() if k.startswith("sum.")}
         self.step_count, self.steps, self.lr, self.l0 = (values[k] for k in ("step", "steps", "lr", "l0"))
         self.logged_steps, self.fitted = values["logged_steps"], values["fitted"]
@@ -446,3 +461,8 @@ class Trainer:
 def _square(g_FD: Tensor) -> Tensor:
     """‖g‖², row by row: a matrix of 75 MB and its squares do not fit a cache."""
     return torch.linalg.vecdot(g_FD, g_FD).sum()
+
+
+def _mean_of_kept(bars: Tensor) -> Tensor:
+    """Mean over micro-batches of the smallest kept keys, without those that kept nothing."""
+    return bars.sum(0) / (bars > 0).sum(0).clamp_min(1)

@@ -302,7 +302,7 @@ def test_the_log_the_summary_tier_1_and_the_index_count_alike(case, steps, store
     metrics = measured(sae, store, window, builder)
     silent = int((builder.index.column("n") == 0).sum())
     log = [json.loads(line) for line in (tmp_path / "sae/metrics.jsonl").read_text().splitlines()]
-    assert [line["dead"] for line in log] == [0, 0, 0, *(line["dead"] for line in log[3:])]
+    assert len(log) == steps and [line["dead"] for line in log[:3]] == [0, 0, 0]
     assert 0 < silent == log[-1]["dead"] == metrics["dead_at"].value
     assert metrics["dead_at"].n == builder.index.n_encoded == 1024
     assert f"{silent:,} of 1,024 features silent for 1,024 tokens" in summary(tmp_path / "sae")
@@ -317,6 +317,11 @@ def test_tier_1_counts_in_the_index_and_says_so(trained, store, tmp_path):
     assert counted["dead_at"]["n"] == counted["alive"]["n"] == index.n_encoded > held_out["n"]
     assert counted["dead_at"]["value"] == (index.column("n") == 0).sum()
     assert f"in the {index.n_encoded:,} tokens of the index" in counted["dead_at"]["note"]
+    counts = map_tensors(tmp_path / "sae/evaluation/density.safetensors")
+    rows = store.valid_rows([SITE], split="heldout")
+    codes = sae.encode(store.read(SITE, 0, store.rows).float()[torch.from_numpy(rows)]).dense()
+    assert counts["n"].tolist() == (codes != 0).sum(0).tolist()
+    assert counts["n_neg"].tolist() == (codes < 0).sum(0).tolist()
     # an index that is another SAE's does not end an evaluation
     sae.b_enc += 0.1
     sae.save(tmp_path / "sae")
@@ -378,6 +383,24 @@ def test_an_sae_in_which_nothing_fires(case, trained, store, tmp_path):
         and "did not fire on" in index.feature(5).html()
     )
     assert f"100 % of {F} features silent" in evaluation.health()
+
+
+def test_an_open_gate_without_magnitude_is_no_firing(store, trained, tmp_path):
+    sae = sk.SAE.load(trained("gated"))
+    rows = np.flatnonzero(store.row_positions() < 32 * 64)
+    x_BD = store.read(SITE, 0, len(rows)).float()
+    before_BF, _ = reference(sae, x_BD)
+    # half of the magnitudes fall below 0
+    sae.b_mag -= before_BF[before_BF > 0].median()
+    sae.save(tmp_path / "sae")
+    index = build_index(sae, store, tokens=32 * 64)
+    c_BF, close_BF = reference(sae, x_BD)
+    open_BF = (x_BD - sae.b_dec) @ sae.W_enc.T + sae.b_enc > 0
+    assert (open_BF & (c_BF == 0)).sum() > 1000 and (c_BF > 0).sum() > 1000
+    clear_F = ~close_BF.any(0).numpy()
+    assert clear_F.mean() > 0.8
+    assert index.column("n")[clear_F].tolist() == (c_BF > 0).sum(0).numpy()[clear_F].tolist()
+    assert (index.column("n_neg") == 0).all() and index.check() == []
 
 
 def test_negative_codes_of_a_variant_that_denies_them_are_named(store, tmp_path, trained):

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from saekit.variants import VARIANTS
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def no_variant_stays():
+    """A notebook may load variants of its own."""
+    before = dict(VARIANTS)
+    yield
+    VARIANTS.clear()
+    VARIANTS.update(before)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -19,6 +30,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
             exec(compile(source, f"{path.name}", "exec"), names)
     assert "_repr_html_" in dir(names["index"].feature(0))
     assert "<" in names["index"].feature(0)._repr_html_()
+    assert names["index"].manifest["variant"] == names["sae"].variant.name
 
 
 def test_there_are_notebooks():

@@ -73,6 +73,9 @@ class Neighbour(NamedTuple):
     count: int
     """Tokens on which both fire; 0 for cosines."""
     label: str
+    agree: float | None = None
+    """Share of the tokens on which both fire that give them codes of one sign; None for codes that are never negative, and where
+    fewer than five such tokens were seen."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,8 @@ class Feature:
     def neighbours(self, kind: str = "decoder", k: int = 20) -> list[Neighbour]:
         """Nearest features by `decoder` or `encoder` cosine (at most 20, signed, by size), or what fires `together`.
 
-        Empty where the index lacks what is needed.
+        Empty where the index lacks what is needed. For signed codes each says how often the two signs agree: an opposite row
+        with opposite codes is the same feature.
         """
         if kind not in ("decoder", "encoder", "together"):
             raise SaekitError(f"no neighbours {kind}; known are decoder, encoder, together")
@@ -344,7 +348,24 @@ class Feature:
             rows = [(f, c, 0) for f, c in zip(features.tolist(), cos.tolist(), strict=True) if f != ABSENT]
         else:
             rows = []
-        return [Neighbour(f, v, count, self.index.labels.get(f).label) for f, v, count in rows]
+        agree = self._agreement([f for f, _, _ in rows])
+        return [Neighbour(f, v, c, self.index.labels.get(f).label, a) for (f, v, c), a in zip(rows, agree, strict=True)]
+
+    def _agreement(self, others: list[int]) -> list[float | None]:
+        """How often the sign of each other feature is this one's, at a sample of its positions."""
+        if not self.signed or self.n == 0:
+            return [None] * len(others)
+        fired, stored = self.index.firings(self.number)
+        seen = spread(len(fired), TOGETHER_POSITIONS, self.number)
+        at, negative, shares = fired[seen], stored[seen] < 0, []
+        for other in others:
+            positions, values = self.index.firings(other)
+            where = np.searchsorted(positions, at)
+            both = np.flatnonzero(where < len(positions))
+            both = both[positions[where[both]] == at[both]]
+            same = (values[where[both]] < 0) == negative[both]
+            shares.append(float(same.mean()) if len(same) >= TOGETHER_LEAST else None)
+        return shares
 
     def _together(self, k: int) -> list[tuple[int, float, int]]:
         """By normalised pointwise mutual information, at least 5 joint firings seen; (feature, NPMI, joint firings)."""

@@ -109,7 +109,7 @@ def most_similar(
     for part in np.split(rows, range(256, len(rows), 256)) if len(rows) else ():
         at = torch.from_numpy(part).to(W_FD.device)
         all_cos = (W_FD[at] @ W_FD.T).clamp(-1, 1)
-        all_cos[torch.arange(len(at)), at] = -2
+        all_cos[torch.arange(len(at), device=at.device), at] = -2
         value, index = all_cos.max(1)
         cos[part], feature[part] = value.cpu().numpy(), index.cpu().numpy()
     return feature, cos

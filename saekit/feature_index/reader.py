@@ -33,6 +33,9 @@ from saekit.feature_index.search import Hit
 from saekit.feature_index.table import DEFAULT_COLUMNS, FeatureTable
 from saekit.store.format import map_tensors
 
+DENSITIES = {"density": "n", "density_pos": "n_pos", "density_neg": "n_neg"}
+"""Columns that are a count of firings over the encoded tokens."""
+
 
 def open_index(path: str | Path) -> "FeatureIndex":
     """The feature index of an SAE folder, or that `index/` folder itself.
@@ -148,17 +151,17 @@ class FeatureIndex:
         return self._files[name]
 
     def column(self, name: str) -> np.ndarray:
-        """One column of features.safetensors [F], or one of `density`, `feature`.
+        """One column of features.safetensors [F], or one of `density`, `density_pos`, `density_neg`, `feature`.
 
         Raises SaekitError with the nearest names.
         """
         columns = self.file("features")
-        if name == "density":
-            return columns["n"] / max(1, self.n_encoded)
+        if name in DENSITIES:
+            return columns[DENSITIES[name]] / max(1, self.n_encoded)
         if name == "feature":
             return np.arange(len(self))
         if name not in columns:
-            known = ["feature", "density", *columns]
+            known = ["feature", *DENSITIES, *columns]
             near = difflib.get_close_matches(name, known, 3) or sorted(known)
             raise SaekitError(f"the index has no column {name}; nearest: {', '.join(near)}")
         return columns[name]
@@ -442,7 +445,20 @@ class FeatureIndex:
                 break
         if any((codes["value"][lo : lo + (1 << 22)] == 0).any() for lo in range(0, len(codes["value"]), 1 << 22)):
             problems.append(f"{self.path}/codes.safetensors holds codes that are 0")
-        if int(self.file("per_token")["l0"].sum(dtype=np.int64)) != self.manifest["Z"]:
+        negative = sum(
+            int((codes["value"][lo : lo + (1 << 22)] < 0).sum()) for lo in range(0, len(codes["value"]), 1 << 22)
+        )
+        if negative != int(self.column("n_neg").sum()) or not np.array_equal(
+            self.column("n_pos") + self.column("n_neg"), n
+        ):
+            problems.append(f"{self.path}/codes.safetensors: signs do not agree with columns n_pos and n_neg")
+        if negative and not self.signed:
+            problems.append(
+                f"{self.path}/codes.safetensors holds negative codes, the manifest says that there are none"
+            )
+        l0 = self.file("per_token")["l0"]
+        # the largest number that it can hold stands for all above it too
+        if l0.max(initial=0) < np.iinfo(l0.dtype).max and int(l0.sum(dtype=np.int64)) != self.manifest["Z"]:
             problems.append(f"{self.path}/per_token.safetensors: l0 does not sum to Z")
         return problems
 

@@ -375,8 +375,8 @@ def numbers_html(feature) -> str:
     if feature.n:
         tiles.append(("in", f"{c('n_seq'):,}", f"of {index.n_sequences:,} sequences"))
         if feature.signed:
-            tiles.append(("positive", percent(c("n_pos") / feature.n), f"largest {number(c('max_pos'))}"))
-            tiles.append(("negative", percent(c("n_neg") / feature.n), f"largest {number(c('max_neg'))}"))
+            tiles.append(("positive on", percent(c("density_pos")), f"largest {number(c('max_pos'))}"))
+            tiles.append(("negative on", percent(c("density_neg")), f"largest {number(c('max_neg'))}"))
         else:
             tiles.append(("largest", number(feature.max), f"median {number(c('q50'))}"))
         tiles.append(("energy", percent(c("energy")), "of Σ a²‖d‖²"))
@@ -452,17 +452,16 @@ def _bar_rows(rows: Sequence[tuple[str, float, list[str]]], top: float, negative
     )
 
 
-def logits_html(logits, k: int = 10) -> str:
-    """Strongest up and down tokens of the decoder row through the unembedding: two panels."""
+def logits_html(logits, k: int = 10, signed: bool = False) -> str:
+    """Strongest up and down tokens of the decoder row through the unembedding: two panels. A negative code swaps their parts."""
     if logits is None:
         return '<div><h3>Logit weights</h3><p class="q">none in this index: the unembedding was not at hand</p></div>'
     top = max((abs(t.weight) for t in [*logits.up, *logits.down]), default=0.0)
     note = f'<p class="q">{escape(logits.note)}</p>' if logits.note else ""
     panels = []
-    for title, tokens, negative in (
-        ("Raises these logits", logits.up[:k], False),
-        ("Lowers these logits", logits.down[:k], True),
-    ):
+    titles = ("Positive codes raise, negative lower", "Negative codes raise, positive lower")
+    raises, lowers = titles if signed else ("Raises these logits", "Lowers these logits")
+    for title, tokens, negative in ((raises, logits.up[:k], False), (lowers, logits.down[:k], True)):
         rows = _bar_rows([(t.text, t.weight, [_two(t.weight)]) for t in tokens], top, negative)
         panels.append(
             f"<div><h3>{title}</h3><table><tr><th>token</th><th></th><th>weight</th></tr>{rows}</table>{note}</div>"
@@ -491,12 +490,17 @@ def neighbours_html(neighbours: Sequence, kind: str = "decoder", k: int = 10) ->
     }[kind]
     if not neighbours:
         return f'<div><h3>{title}</h3><p class="q">none</p></div>'
+    signs = any(n.agree is not None for n in neighbours[:k])
+    agree = [f"<td>{'–' if n.agree is None else percent(n.agree)}</td>" if signs else "" for n in neighbours[:k]]
     rows = "".join(
         f'<tr><td>{n.feature:,} <span class="q">{escape(n.label)}</span></td>{_bar(n.value, 1.0, n.value < 0)}'
-        f"<td>{_two(n.value)}</td></tr>"
-        for n in neighbours[:k]
+        f"<td>{_two(n.value)}</td>{share}</tr>"
+        for n, share in zip(neighbours[:k], agree, strict=True)
     )
-    return f"<div><h3>{title}</h3><table><tr><th>feature</th><th></th><th>{value}</th></tr>{rows}</table></div>"
+    head = f"<th>feature</th><th></th><th>{value}</th>"
+    if signs:
+        head += '<th title="of the tokens on which both fire, those that give them codes of one sign">same sign</th>'
+    return f"<div><h3>{title}</h3><table><tr>{head}</tr>{rows}</table></div>"
 
 
 VIEW_NAMES = {
@@ -563,7 +567,7 @@ def feature_html(
         panels.append(histogram_html(feature.histogram, quantiles))
         panels.append(token_table_html(feature.tokens(8), 8))
     panels.append(neighbours_html(feature.neighbours("decoder", 8), "decoder", 8))
-    panels.append(logits_html(feature.logits(8), 8))
+    panels.append(logits_html(feature.logits(8), 8, feature.signed))
     if feature.n:
         panels.append(neighbours_html(feature.neighbours("together", 8), "together", 8))
     return fragment(
@@ -634,9 +638,10 @@ def feature_text(feature, ansi: bool = False, view: str = "top", k: int = 10) ->
             f"density {percent(feature.density)} ({percent(low)} to {percent(high)}) · {feature.n:,} of {index.n_encoded:,} "
             f"tokens · {c('n_seq'):,} sequences"
         )
-        sides = (
-            f"{number(c('max_neg'))} to {number(c('max_pos'))}" if feature.signed else f"largest {number(feature.max)}"
-        )
+        sides = f"largest {number(feature.max)}"
+        if feature.signed:
+            sides = f"{number(c('max_neg'))} to {number(c('max_pos'))}"
+            lines.append(f"positive on {percent(c('density_pos'))} of tokens, negative on {percent(c('density_neg'))}")
         lines.append(
             f"{sides} · median {number(c('q50'))} · energy {percent(c('energy'))} · token entropy {number(c('token_entropy'))} bits"
         )
@@ -647,8 +652,10 @@ def feature_text(feature, ansi: bool = False, view: str = "top", k: int = 10) ->
         tokens = "  ".join(f"{_quoted(t.text)} {100 * t.share:.1f} %" for t in feature.tokens(6))
         lines.append(f"fires on   {tokens}")
     if logits := feature.logits(8):
-        lines.append("raises     " + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in logits.up))
-        lines.append("lowers     " + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in logits.down))
+        for name, side in zip(
+            ("+ raises", "− raises") if feature.signed else ("raises", "lowers"), (logits.up, logits.down)
+        ):
+            lines.append(f"{name:<11}" + "  ".join(f"{_quoted(t.text)} {number(t.weight, 2)}" for t in side))
         if logits.note:
             lines.append(f"           {logits.note}")
     if near := feature.neighbours("decoder", 6):

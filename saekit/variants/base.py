@@ -143,6 +143,11 @@ class Variant:
         """Whether training needs all pre-activations of a batch at once."""
         return self.select is not None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether `values` chooses by itself, from all pre-activations of a batch."""
+        return False
+
     def finish(self, sae: "SAE", rows: "Callable[[int], Iterator[Tensor]]") -> dict:
         """Last work on the final SAE, in the model's units; `rows(n)` gives training rows in chunks. Returns what joins the
         options of config.json."""
@@ -150,7 +155,7 @@ class Variant:
 
     def inference_options(self) -> dict:
         """What `config.json` keeps under `options`: what inference needs."""
-        raise TypeError(f"{type(self).__name__} names no inference options")
+        raise TypeError(f"{type(self).__name__} does not define inference_options")
 
     @classmethod
     def from_inference_options(cls, options: dict, d_sae: int) -> "Variant":

@@ -56,15 +56,19 @@ class Variational(Counted):
     def dense(self) -> bool:
         return self.sample == "before" or self.kl_on == "all"
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.sample == "before"
+
     def resolved(self, start: Start) -> "Variational":
         s = self.prior_std or (start.total_variance / self.k) ** 0.5
         beta = 0.2 / start.d_model if self.beta is None else self.beta
         return replace(self, prior_std=s, beta=beta)
 
     def rule(self, at):
-        from saekit_kernels import RowCount, Threshold
+        from saekit_kernels import RowCount
 
-        return Threshold(0.0) if self.sample == "before" else RowCount(self.k_now(at))
+        return RowCount(self.k_now(at))
 
     def inference_rule(self, at):
         from saekit_kernels import RowCount
@@ -105,10 +109,10 @@ class Variational(Counted):
         mu = self.mean(out)
         assert self.prior_std is not None, "resolved by the trainer"
         noise = out.draw(mu.shape[1]) * self.prior_std * (self.log_var(out) / 2).exp()
-        # an empty slot is no code
-        z = torch.where(mu != 0, mu + noise, 0)
         if self.sample == "after":
-            return z
+            # an empty slot is no code
+            return torch.where(mu != 0, mu + noise, 0)
+        z = mu + noise
         rank = z.detach().relu() if self.relu_mu else z.detach().abs()
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter_(
             1, rank.topk(self.k_now(out.moment), dim=1).indices, True

@@ -9,6 +9,8 @@ import pytest
 from saekit_browser import state
 from streamlit.testing.v1 import AppTest
 
+from saekit.variants import VARIANTS
+
 MAIN = Path(state.__file__).parent / "main.py"
 PAGES = ("overview", "features", "feature", "prompt")
 
@@ -163,6 +165,15 @@ def test_feature_states(browse, saes, feature, said):
             assert not app.exception and not app.error
 
 
+def test_signs_are_counted(browse, saes):
+    # feature 2 has codes of both signs, feature 4 negative ones alone
+    assert "1 fire with both signs." in words(browse(saes, sae="signed").caption)
+    assert "both signs" not in words(browse(saes, sae="plain").caption)
+    frame = browse(saes, "features", sae="signed", sort="feature", desc="false").dataframe[0].value
+    share = dict(zip(frame["feature"], frame["positive"], strict=True))
+    assert 0.3 < share[2] < 0.7 and share[4] == 0 and share[0] == 1
+
+
 def test_feature_signed(browse, saes):
     app = browse(saes, "feature", sae="signed", feature="4")
     assert "never positive" in html(app)
@@ -282,6 +293,22 @@ def test_prompt(browse, saes):
     assert f"feature {best:,}" in html(app)
     app.text_area(key="text").set_value("x = 1\n" * 200).run()
     assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
+
+
+def test_a_variant_of_ones_own(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    file = tmp_path / "own.py"
+    file.write_text("from saekit.variants import TopK\n\n\nclass Own(TopK):\n    name = 'own_topk'\n", encoding="utf-8")
+    config = root / "plain" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "variant": "own_topk"}))
+    # the index needs no variant; a text that is typed does
+    assert not browse(root, "feature", feature="3").error
+    assert "own_topk is not built in; pass --variant-file" in words(browse(root, "prompt", text="def add(self):").error)
+    try:
+        app = browse(root, "prompt", "--variant-file", str(file), text="def add(self):")
+    finally:
+        VARIANTS.pop("own_topk", None)
+    assert not app.error and app.dataframe[0].value["feature"].size > 0
 
 
 def test_model_is_gone(browse, saes, tmp_path):

@@ -123,7 +123,7 @@ def test_columns(random_index):
         assert f.tokens()[0].precision == ranked[0][1] / occurrences[ranked[0][0]]
         flags = {
             "dense": len(v) > 0.1 * E,
-            "near-duplicate": abs(f.column("max_dec_cos")) > 0.9,
+            "near-duplicate": (abs(f.column("max_dec_cos")) if idx.signed else f.column("max_dec_cos")) > 0.9,
             "one-sided": idx.signed and ((v > 0).all() or (v < 0).all()),
             "start-of-sequence": early[at].mean() > 0.5,
         }
@@ -256,6 +256,18 @@ def test_overflow_raises_the_exponent_and_no_firing_is_lost(make_index, monkeypa
     assert per_token[0] < 0 < per_token[1]
 
 
+def test_codes_that_are_written_early_change_nothing(make_index, tmp_path, monkeypatch):
+    """Where many features fire, codes leave memory before the tokens are seen from which the exponent is chosen."""
+    rising_NF = np.linspace(1, 60, 200, dtype=np.float32)[:, None] * np.array([1, -1, 0.5], np.float32)
+    expected = make_index(rising_NF, folder=tmp_path / "a", chunk=20)
+    # 60 = 0.94 · 2⁶; the first 20 tokens alone would have given 7 = 0.85 · 2³
+    assert expected.index.manifest["value_exponent"] == -4
+    monkeypatch.setattr(build, "PENDING_CODES", 60)
+    early = make_index(rising_NF, folder=tmp_path / "b", chunk=20)
+    assert early.builder._runs[0] == (0, -7)
+    assert files_of(early) == files_of(expected)
+
+
 @pytest.mark.parametrize(("N", "F", "fires"), [(1, 1, True), (1, 1, False), (5, 3, False), (1, 70_000, True)])
 def test_smallest(make_index, monkeypatch, N, F, fires):
     dense_NF = np.zeros((N, F), np.float32)
@@ -339,12 +351,16 @@ def test_files_are_plain_safetensors_in_order(random_index):
     assert idx.file("by_token")["feature"].dtype == np.uint16
 
 
-def test_neighbours_against_all_pairs(make_index):
+@pytest.mark.parametrize("signed", [False, True])
+def test_neighbours_against_all_pairs(make_index, signed):
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(50, 8, generator=generator)
     W[7] = -3 * W[4]
     W[9] = 0
-    made = make_index(np.ones((2, 50), np.float32), D=8, W_dec_FD=W, W_enc_FD=W.flip(0).contiguous())
+    W[12] = 2 * W[11] + 0.1 * W[1]
+    # opposite to almost all the rows beside it: no row of positive cosine is among its nearest
+    W[20:45] = -W[45] + 0.02 * W[20:45]
+    made = make_index(np.ones((2, 50), np.float32), D=8, W_dec_FD=W, W_enc_FD=W.flip(0).contiguous(), signed=signed)
     unit = (W / W.norm(dim=1, keepdim=True).clamp_min(1e-30)).double()
     cos = (unit @ unit.T).numpy()
     np.fill_diagonal(cos, 0)
@@ -355,8 +371,20 @@ def test_neighbours_against_all_pairs(make_index):
         assert np.allclose([n.value for n in got], cos[j][[n.feature for n in got]], atol=1e-3)
         # rows 4 and 7 are equally far from any other, so only the sizes are in one order
         assert np.allclose(np.abs([n.value for n in got]), np.abs(cos[j][order]), atol=1e-3)
+        similar = np.abs(cos[j]) if signed else cos[j]
+        best = np.delete(similar, j).max()
+        f = made.index.feature(j)
+        if j != 9:
+            found = f.column("max_dec_cos")
+            assert (abs(found) if signed else found) == pytest.approx(best, abs=1e-6)
+            assert cos[j, f.column("max_dec_feature")] == pytest.approx(found, abs=1e-6)
+            assert ("near-duplicate" in f.flags) == (best > 0.9)
     f = made.index.feature(4)
-    assert f.neighbours()[0].feature == 7 and abs(f.column("max_dec_cos") + 1) < 1e-6 and "near-duplicate" in f.flags
+    # an opposite row is the same direction read the other way; it detects nothing where codes have one sign
+    assert f.neighbours()[0].feature == 7 and f.neighbours()[0].value == -1
+    assert ("near-duplicate" in f.flags) == signed
+    assert all("near-duplicate" in made.index.feature(j).flags for j in (11, 12))
+    assert (cos[45][np.argsort(-np.abs(cos[45]))[:20]] < 0).all()
     assert made.index.feature(9).neighbours() == []
     assert made.index.feature(45).neighbours("encoder")[0].feature == 42
 

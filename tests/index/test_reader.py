@@ -175,6 +175,45 @@ def test_together_counts_joint_firings(make_index):
     assert idx.feature(3).neighbours("together")[0].value == pytest.approx(0.0, abs=1e-9)
 
 
+def test_signs_of_neighbours_are_compared(random_index):
+    made, idx = random_index, random_index.index
+    sign_NF = np.sign(made.dense_NF)
+    compared = 0
+    for j in range(len(idx)):
+        for kind in ("decoder", "together"):
+            for near in idx.feature(j).neighbours(kind):
+                both_N = sign_NF[:, j] * sign_NF[:, near.feature]
+                joint = int((both_N != 0).sum())
+                if idx.signed and joint >= 5:
+                    assert near.agree == (both_N > 0).sum() / joint
+                    compared += 1
+                else:
+                    assert near.agree is None
+    assert (compared > 20) == idx.signed
+    assert any("same sign" in idx.feature(j).html() for j in range(len(idx))) == idx.signed
+
+
+def test_densities_of_both_signs(random_index):
+    made, idx = random_index, random_index.index
+    E = made.encoded_N.sum()
+    assert idx.column("density_pos").tolist() == ((made.dense_NF > 0).sum(0) / E).tolist()
+    assert idx.column("density_neg").tolist() == ((made.dense_NF < 0).sum(0) / E).tolist()
+    assert (idx.table(density_neg=(1e-9, None)).features.size > 0) == idx.signed
+    dense_F = idx.column("density") > 0.1
+    assert set(idx.table(flag="dense").features) == set(np.flatnonzero(dense_F))
+
+
+def test_check_compares_signs(random_index):
+    idx = random_index.index
+    assert idx.check() == []
+    if not idx.signed:
+        return
+    path = idx.path / "manifest.json"
+    path.write_text(json.dumps({**idx.manifest, "signed": False}))
+    (problem,) = open_index(idx.path).check()
+    assert problem.endswith("codes.safetensors holds negative codes, the manifest says that there are none")
+
+
 def test_table_filters_and_sorts(small):
     table = small.table(sort="-n", columns=["feature", "n", "density", "top_text", "flags_text", "bar", "label"])
     assert table.features.tolist() == [1, 0, 2, 3]

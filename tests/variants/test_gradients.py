@@ -6,6 +6,7 @@ on dense matrices, in one and in two micro-batches, with and without dead featur
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ from saekit.variants import (
 )
 
 B, D, F, STEP, STEPS = 96, 16, 64, 64, 1000
-K = {"k": 5, "d_sae": F, "dead_after": 10_000}
-P = {"l0": 6.0, "l1": 0.3, "d_sae": F, "dead_after": 10_000}
-PHASE_2 = {**K, "switch": 0.05}
+K: dict[str, Any] = {"k": 5, "d_sae": F, "dead_after": 10_000}
+P: dict[str, Any] = {"l0": 6.0, "l1": 0.3, "d_sae": F, "dead_after": 10_000}
+PHASE_2: dict[str, Any] = {**K, "switch": 0.05}
 
 CASES = {
     "topk": TopK(**K),
@@ -302,16 +303,14 @@ def test_jumprelu_learns_from_both_halves_of_its_window(road, l0_loss, captured_
 
 
 def test_jumprelu_keeps_its_thresholds_above_0():
-    """Thresholds at 0 whose gradient pushes them down: errors below θ ask for more codes."""
-    variant = JumpReLU(d_sae=F, l0=6.0, l1=0.0, bandwidth=0.3, theta=0.0, lr=0.05)
+    """θ near 0 and steps of 0.05: errors below θ ask for more codes, and half of the steps would end below 0."""
+    variant = JumpReLU(d_sae=F, l0=6.0, l1=0.0, bandwidth=0.3, theta=0.02, lr=0.05)
     g = torch.Generator().manual_seed(1)
     trainer = Trainer(variant, D, tokens=B * 50)
-    lowest = []
-    for _ in range(10):
+    for _ in range(3):
         trainer.step(torch.randn(B, D, generator=g))
-        lowest.append(trainer.parameters()["threshold"].min().item())
-    assert min(lowest) == 0.0
-    assert (trainer.parameters()["threshold"] == 0).any() and (trainer.parameters()["threshold"] >= 0).all()
+    theta_F = trainer.parameters()["threshold"]
+    assert (theta_F >= 0).all() and (theta_F == 0).any() and (theta_F > 0).any()
 
 
 @pytest.mark.parametrize("road", ["sparse", "dense"])

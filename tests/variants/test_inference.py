@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from saekit.trainer import InputStatistics, Trainer
 from saekit.variants import VARIANTS
 
 D, F = 16, 64
-K = {"k": 5, "d_sae": F}
+K: dict[str, Any] = {"k": 5, "d_sae": F}
 CASES = {
     "topk": sk.TopK(**K),
     "topk multi_k": sk.TopK(**K, multi_k=1 / 8),
@@ -171,8 +172,10 @@ def test_options_survive_saving(finished, tmp_path):
         "mutual_choice": {"k": 5, "threshold_source": "calibration", "calibration_rows": 2048},
         "feature_choice": {"k": 5, "threshold_source": "calibration", "calibration_rows": 2048},
         "matryoshka": {
-            **{"k": 5, "widths": [4, 8, 16, 32, 64]},
-            **{"threshold_source": "calibration", "calibration_rows": 2048},
+            "k": 5,
+            "widths": [4, 8, 16, 32, 64],
+            "threshold_source": "calibration",
+            "calibration_rows": 2048,
         },
         "top_afa": {},
         "relu": {},
@@ -200,7 +203,7 @@ def faulty(names, reason: str, bad: tuple[str, ...]) -> list:
 @pytest.mark.parametrize("name", faulty(VARIANTS, "widths are written from d_sae = None as [1]", ("matryoshka",)))
 def test_the_number_of_features_may_be_left_to_the_width(name, tmp_path):
     """d_sae None: 16·D features; what is saved can be read."""
-    k = {"k": 2} if "k" in VARIANTS[name].__dataclass_fields__ else {}
+    k: dict[str, Any] = {"k": 2} if "k" in VARIANTS[name].__dataclass_fields__ else {}
     sae = Trainer(VARIANTS[name](**k), 4).sae()
     loaded = sk.SAE.load(sae.save(tmp_path / "sae"))
     assert loaded.d_sae == 64 and check_sae(tmp_path / "sae") == []
@@ -324,6 +327,13 @@ def test_config_agrees_after_a_change_of_dtype(name, dtype, finished, tmp_path):
     assert check_sae(tmp_path / "two") == []
 
 
+@pytest.mark.xfail(strict=True, reason="budgets are rounded with the weights, and no longer add up to k")
+def test_budgets_are_not_rounded_to_the_dtype_of_the_weights(tmp_path):
+    """7 tokens of 1,000 each: 0.007 in bfloat16 is 0.0069885…, so that 1,000 of them make 6.99."""
+    sae = Trainer(sk.FeatureChoice(k=7, d_sae=1000), 4, tokens=400).sae()
+    assert check_sae(sae.to(torch.bfloat16).save(tmp_path / "sae")) == []
+
+
 @pytest.mark.parametrize("move", ["cpu", "half and back", "double and back"])
 @pytest.mark.parametrize("name", ["mutual_choice", "feature_choice", "jumprelu"])
 def test_thresholds_come_back_as_they_were(name, move, finished):
@@ -341,7 +351,7 @@ def test_thresholds_come_back_as_they_were(name, move, finished):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_threshold_is_not_rounded_to_the_dtype_of_the_weights(name, dtype):
     """pre = 1 + 2⁻¹², computed in float32; θ = 1 + 1.5·2⁻¹² is above it, but would round to 1."""
-    k = {"k": 1} if name != "jumprelu" else {}
+    k: dict[str, Any] = {"k": 1} if name != "jumprelu" else {}
     trainer = Trainer(VARIANTS[name](d_sae=2, b_dec="zero", **k), 2)
     sae = trainer.sae()
     sae.W_enc.data.copy_(torch.tensor([[1.0, 2**-12], [1.0, -1.0]]))
@@ -392,7 +402,7 @@ def test_an_average_of_the_weights_is_what_is_saved():
 
 @pytest.mark.xfail(strict=True, reason="the average takes θ before it is put back to 0 or above")
 def test_an_averaged_threshold_is_0_or_more():
-    variant = sk.JumpReLU(d_sae=F, l0=6.0, l1=0.0, bandwidth=0.3, theta=0.0, lr=0.05, ema=0.5)
+    variant = sk.JumpReLU(d_sae=F, l0=6.0, l1=0.0, bandwidth=0.3, theta=0.02, lr=0.05, ema=0.5)
     trainer = Trainer(variant, D, tokens=64 * 50)
     g = torch.Generator().manual_seed(1)
     for _ in range(5):

@@ -7,18 +7,17 @@ The encoder is the identity, so that the input is pre. Rows that stand for thems
 K = 2 relu: {0: 3, 2: 1}, {3: 4, and one of the two 2s}; abs: {1: -5, 0: 3}, the same.
 """
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from saekit_kernels import BatchCount, Codes
+from saekit_kernels import Codes
 
 import saekit as sk
 from saekit import backward
 from saekit.errors import SaekitError
-from saekit.trainer import InputStatistics, Trainer
+from saekit.trainer import Trainer
 from saekit.variants import VARIANTS
 
 PRE = torch.tensor([[3, -5, 1, 0.5], [2, 2, -1, 4]])
@@ -115,7 +114,7 @@ def test_worked_out_by_hand_at_inference(name):
 @pytest.mark.parametrize("name", ["mutual_choice", "matryoshka", "feature_choice", "jumprelu"])
 def test_inference_keeps_what_is_above_the_threshold(name):
     """Strictly above θ = 1: the 1 of row 0 is not. Per feature, θ = (3, 2, 0, 0): 3 and one 2 are not."""
-    k = {"k": 2} if name != "jumprelu" else {}
+    k: dict[str, Any] = {"k": 2} if name != "jumprelu" else {}
     sae = identity(VARIANTS[name](d_sae=4, **k)).sae()
     sae.threshold.fill_(1.0)
     assert rows(sae.encode(PRE)) == [{0: 3}, {0: 2, 1: 2, 3: 4}]
@@ -222,7 +221,7 @@ def test_row_mass_does_not_depend_on_the_scale_of_the_input():
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_all_negative_rows_have_no_code(name):
     """x̂ is b_dec then; with keys |pre| the codes are there, and negative. Nothing fires, nothing is NaN, a step passes."""
-    k = {"k": 2} if "k" in VARIANTS[name].__dataclass_fields__ else {}
+    k: dict[str, Any] = {"k": 2} if "k" in VARIANTS[name].__dataclass_fields__ else {}
     trainer = identity(VARIANTS[name](d_sae=4, **k, lr=1e-3), tokens=200)
     x = -torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]])
     sae = trainer.sae()
@@ -249,7 +248,7 @@ def test_a_batch_without_its_budget_keeps_what_there_is():
 @pytest.mark.parametrize("name", ["mutual_choice", "matryoshka", "feature_choice"])
 def test_training_l0_is_k_exactly_where_enough_are_positive(name):
     g = torch.Generator().manual_seed(2)
-    trainer = Trainer(VARIANTS[name](k=5, d_sae=64, switch=0.5) if name == "feature_choice" else VARIANTS[name](k=5, d_sae=64), 16, tokens=96 * 100)  # fmt: skip
+    trainer = Trainer(VARIANTS[name](k=5, d_sae=64), 16, tokens=96 * 100)
     for _ in range(30):
         trainer.step(torch.randn(96, 16, generator=g))
         log = trainer.log()
@@ -263,6 +262,42 @@ def test_the_selection_batch_is_the_micro_batch(micro_batches):
     trainer = identity(sk.MutualChoice(k=2, d_sae=4), tokens=200, micro_batches=micro_batches)
     trainer.step(x)
     assert (trainer.idle_F == 0).tolist() == ([True] * 4 if micro_batches == 1 else [True, True, False, False])
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "matryoshka", "feature_choice"])
+def test_the_running_threshold_averages_the_smallest_kept_value(name):
+    """The first value as it is, then 0.99 θ + 0.01 · value; a batch in which nothing is positive is skipped."""
+    more: dict[str, Any] = {"switch": 0.0, "k": 2} if name == "feature_choice" else {"k": 1}
+    trainer = identity(VARIANTS[name](d_sae=4, lr=1e-9, **more), tokens=800)
+    x = torch.tensor([[3.0, 2, 1, 0.5], [0.25, 0.5, 1, 4]])
+    seen = []
+    for scale in (1.0, 2.0, -1.0):
+        trainer.step(scale * x)
+        seen.append(trainer.buffers["threshold"].clone())
+    # k·B = 2: the smaller of 3 and 4; each column has m_j = 1, its larger one
+    first = torch.tensor([3.0, 2, 1, 4]) if name == "feature_choice" else torch.tensor(3.0)
+    torch.testing.assert_close(seen[0], first)
+    torch.testing.assert_close(seen[1], 0.99 * first + 0.01 * 2 * first)
+    assert torch.equal(seen[2], seen[1])
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "matryoshka", "feature_choice"])
+@pytest.mark.xfail(strict=True, reason="a micro-batch that keeps nothing counts as a smallest kept value of 0")
+def test_a_micro_batch_that_keeps_nothing_does_not_lower_the_running_threshold(name):
+    more: dict[str, Any] = {"switch": 0.0, "k": 2} if name == "feature_choice" else {"k": 1}
+    trainer = identity(VARIANTS[name](d_sae=4, lr=1e-9, **more), tokens=800, micro_batches=2)
+    trainer.step(torch.tensor([[3.0, 2, 1, 0.5], [-1, -1, -1, -1]]))
+    # one row of each part: M = 1; m_j is 0 or 1, and what a column never kept stays 0
+    theta = trainer.buffers["threshold"]
+    assert (theta[theta > 0] == torch.tensor([3.0, 2, 1, 0.5])[theta > 0] if theta.ndim else theta == 3.0).all()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="nothing is said, and features never choose: thresholds are then fitted to k/F each"
+)
+def test_feature_choice_needs_the_length_of_the_run():
+    with pytest.raises(SaekitError, match="length of the run"):
+        Trainer(sk.FeatureChoice(k=2, d_sae=64), 16).step(torch.randn(64, 16))
 
 
 def test_budgets_of_column_choice_hold_on_average_and_nearly_in_each_step():
@@ -333,47 +368,6 @@ def test_noise_makes_no_code_of_the_wrong_sign_before_selection(sample):
     assert bool((codes < 0).any()) == (sample == "after")
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_row_stops_the_run_with_one_line(name, value):
-    """Nothing else is raised on the way to the next log, whatever the weights have become; and the flag stays."""
-    k = {"k": 3} if "k" in VARIANTS[name].__dataclass_fields__ else {}
-    trainer = Trainer(VARIANTS[name](d_sae=32, **k), 8, tokens=32 * 100)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        trainer.step(torch.randn(32, 8, generator=g))
-    trainer.log()
-    bad = torch.randn(32, 8, generator=g)
-    bad[5, 3] = value
-    trainer.step(bad)
-    for _ in range(3):
-        trainer.step(torch.randn(32, 8, generator=g))
-    for _ in range(2):
-        with pytest.raises(SaekitError, match=r"^loss or gradient norm became infinite or NaN at step 2\b[^\n]*$"):
-            trainer.log()
-
-
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_a_bad_row_at_inference_is_seen_and_leaves_the_others_alone(name):
-    g = torch.Generator().manual_seed(0)
-    k = {"k": 3} if "k" in VARIANTS[name].__dataclass_fields__ else {}
-    trainer = Trainer(VARIANTS[name](d_sae=32, **k), 8, tokens=32 * 100)
-    trainer.b_dec.zero_()
-    sae = trainer.sae()
-    if "threshold" in sae.extra:
-        sae.threshold.fill_(0.2)
-    x = torch.randint(-4, 5, (6, 8), generator=g).float()
-    sae.W_enc.data.copy_(torch.randint(-3, 4, (32, 8), generator=g))
-    good, good_out = sae.encode(x).dense(), sae(x)
-    x[2, 5] = math.nan
-    others = [0, 1, 3, 4, 5]
-    assert torch.equal(sae.encode(x).dense()[others], good[others])
-    assert sae(x)[2].isnan().any() and torch.equal(sae(x)[others], good_out[others])
-
-
-# identities
-
-
 def after_steps(variant, steps: int = 70, micro_batches: int = 1, D: int = 16, log: bool = True):
     """State of a trainer after some steps, features dying on the way: 64 steps are one list of them."""
     g = torch.Generator().manual_seed(9)
@@ -394,7 +388,7 @@ def same_to_the_bit(one: Trainer, two: Trainer):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("relu_mu", [False, True])
 def test_variational_without_noise_and_kl_is_abs_topk_or_topk(relu_mu, micro_batches):
-    common = {"k": 4, "d_sae": 64, "dead_after": 500}
+    common: dict[str, Any] = {"k": 4, "d_sae": 64, "dead_after": 500}
     plain = after_steps((sk.TopK if relu_mu else sk.AbsTopK)(**common), micro_batches=micro_batches)
     for variance in ("fixed", "feature", "input"):
         v = sk.Variational(**common, sample="none", beta=0.0, relu_mu=relu_mu, variance=variance)
@@ -404,7 +398,7 @@ def test_variational_without_noise_and_kl_is_abs_topk_or_topk(relu_mu, micro_bat
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_matryoshka_with_one_width_is_mutual_choice_on_the_dead(micro_batches):
-    common = {"k": 4, "d_sae": 64, "dead_after": 500}
+    common: dict[str, Any] = {"k": 4, "d_sae": 64, "dead_after": 500}
     one = after_steps(sk.Matryoshka(**common, widths=(64,)), micro_batches=micro_batches)
     two = after_steps(sk.MutualChoice(**common, aux_on="dead"), micro_batches=micro_batches)
     same_to_the_bit(one, two)
@@ -412,7 +406,7 @@ def test_matryoshka_with_one_width_is_mutual_choice_on_the_dead(micro_batches):
 
 
 def test_feature_choice_is_mutual_choice_until_its_switch():
-    common = {"k": 4, "d_sae": 64, "dead_after": 500, "lr": 1e-3}
+    common: dict[str, Any] = {"k": 4, "d_sae": 64, "dead_after": 500, "lr": 1e-3}
     one, two = (after_steps(v(**common), steps=66) for v in (sk.FeatureChoice, sk.MutualChoice))
     assert not torch.equal(one.W_dec, two.W_dec)
     one, two = (after_steps(v, steps=66) for v in (sk.FeatureChoice(**common, switch=0.99), sk.MutualChoice(**common)))
@@ -421,7 +415,7 @@ def test_feature_choice_is_mutual_choice_until_its_switch():
 
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if "aux" in c.__dataclass_fields__])
 def test_with_no_dead_feature_aux_changes_nothing_to_the_bit(name):
-    k = {"k": 4} if name != "top_afa" else {}
+    k: dict[str, Any] = {"k": 4} if name != "top_afa" else {}
     one, two = (after_steps(VARIANTS[name](d_sae=64, aux=aux, dead_after=10**6, **k)) for aux in (1 / 32, 0.0))
     same_to_the_bit(one, two)
     assert len(one.aux_ids) == 0

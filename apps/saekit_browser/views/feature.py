@@ -232,7 +232,7 @@ def examples(idx, number: int):
     if f.n == 0:
         nearest = f.neighbours("decoder", 20)
         alive = next((x for x in nearest if idx.column("n")[x.feature]), None)
-        st.html(render.fragment(render.logits_html(f.logits(12), 12)))
+        st.html(render.fragment(render.logits_html(f.logits(12), 12, f.signed)))
         if alive:
             st.caption(f"Nearest feature that fires: {alive.feature:,}, cosine {alive.value:.2f}.")
         return
@@ -273,15 +273,15 @@ def neighbours(idx, number: int):
                 continue
             features = [x.feature for x in rows]
             key = f"near-{kind}-{number}"
+            columns = {
+                "rank": range(1, len(rows) + 1),
+                "feature": features,
+                "value": [x.value for x in rows],
+                **({"agree": [x.agree for x in rows]} if idx.signed else {}),
+                "text": named(idx, rows),
+            }
             st.dataframe(
-                pd.DataFrame(
-                    {
-                        "rank": range(1, len(rows) + 1),
-                        "feature": features,
-                        "value": [x.value for x in rows],
-                        "text": named(idx, rows),
-                    }
-                ),
+                pd.DataFrame(columns),
                 hide_index=True,
                 height="content",
                 key=key,
@@ -291,6 +291,9 @@ def neighbours(idx, number: int):
                     "rank": st.column_config.NumberColumn("", width=28),
                     "feature": st.column_config.NumberColumn("Feature", format="%d", width=64),
                     "value": st.column_config.NumberColumn(NEIGHBOURS[kind][1].split()[0], format="%.2f", width=58),
+                    "agree": st.column_config.NumberColumn(
+                        "same sign", format="percent", width=72, help="Of the tokens on which both fire"
+                    ),
                     "text": st.column_config.TextColumn("Label or top token"),
                 },
                 alt=f"Features near this one by {NEIGHBOURS[kind][1]}; a row opens the feature",
@@ -322,7 +325,7 @@ def rail(_idx, fingerprint: str, number: int) -> str:
     panels = (
         render.histogram_html(f.histogram, quantiles),
         render.token_table_html(f.tokens(8), 8),
-        render.logits_html(f.logits(8), 8),
+        render.logits_html(f.logits(8), 8, f.signed),
     )
     return render.fragment(f'<div class="cols">{"".join(panels)}</div>')
 

@@ -126,20 +126,27 @@ def configuration() -> dict:
         ),
         "density": c.NumberColumn("Density %", format="%.3f", help="Share of encoded tokens it fires on", width=90),
         "n": c.NumberColumn("Firings", format="localized", width=90),
-        "positive": c.ProgressColumn("Positive", format="percent", min_value=0, max_value=1, width=100),
+        "positive": c.ProgressColumn(
+            "Positive",
+            format="percent",
+            min_value=0,
+            max_value=1,
+            width=100,
+            help="Share of the firings with a positive code",
+        ),
         "bar": c.BarChartColumn("Codes", y_min=0, y_max=1, width=110, help="Histogram of the codes, 16 bins"),
         "top_text": c.TextColumn("Top token", width=110),
         "top_token_share": c.ProgressColumn(
             "of its firings", format="percent", min_value=0, max_value=1, width=120, color="primary"
         ),
         "up": c.TextColumn("Raises", width=110, help="Token whose logit its decoder row raises most"),
-        "down": c.TextColumn("Lowers", width=110),
+        "down": c.TextColumn("Lowers", width=110, help="The one it lowers most; a negative code swaps the two"),
         "token_entropy": c.NumberColumn(
             "Entropy, bits", format="%.1f", width=100, help="Variety of the tokens it fires on"
         ),
         "energy": c.NumberColumn("Energy %", format="%.2f", width=90, help="Share of Σ a²‖d‖² over all features"),
         "max_dec_cos": c.NumberColumn(
-            "Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row"
+            "Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row, of signed codes by size"
         ),
         "flags_text": c.TextColumn("Flags", width="medium"),
     }
