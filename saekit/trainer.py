@@ -230,7 +230,7 @@ class Trainer:
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
         x_BD = self.normalised(raw_BD)
         at = self.moment(x_BD, len(x_BD) * ranks.size)
-        rule = self.variant.inference_rule(at)
+        rule = None if self.variant.select is not None else self.variant.inference_rule(at)
         if self._is_dense(at) and not isinstance(rule, RowCount):
             pre_BF = (x_BD - self.b_dec) @ self.W_enc.T
             y_BD = (pre_BF if self.variant.key == "abs" else pre_BF.relu()) @ self.W_dec

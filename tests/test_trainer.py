@@ -126,6 +126,19 @@ def test_dead_counting_is_in_tokens_and_a_feature_leaves_when_it_fires():
     assert trainer.idle_F[2] == 0 and trainer.log()["dead"] == 2
 
 
+@pytest.mark.parametrize(("micro_batches", "idle"), [(1, 0), (2, 16)])
+def test_one_token_is_enough_to_be_alive(micro_batches, idle):
+    """Feature 2 fires on token 3 of 32 alone: no token of a later micro-batch than that one, or 16 of them, have passed."""
+    trainer = Trainer(sk.TopK(k=1, d_sae=4, dead_after=64, enc_init="tied"), d_model=4, micro_batches=micro_batches)
+    trainer.W_dec.copy_(torch.eye(4))
+    trainer.W_enc.copy_(torch.eye(4))
+    trainer.idle_F.fill_(1000)
+    x = torch.zeros(32, 4)
+    x[:, 0], x[3, 2] = 1.0, 5.0
+    trainer.step(x)
+    assert trainer.idle_F.tolist() == [0, 1032, idle, 1032]
+
+
 def test_no_dead_feature_changes_nothing_to_the_bit(x_BD):
     one, two = (Trainer(sk.TopK(k=4, d_sae=64, aux=aux), d_model=16) for aux in (1 / 32, 0.0))
     for _ in range(3):

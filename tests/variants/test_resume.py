@@ -88,16 +88,7 @@ def assert_same(one: Trainer, two: Trainer):
     assert torch.equal(one.sae()(x), two.sae()(x))
 
 
-HINT = "a fresh trainer has no hint_F, and column_count rounds the columns of a hint that was too high otherwise"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=HINT)] if v.name == "feature_choice" else [])
-        for n, v in CASES.items()
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_the_same_after_a_fresh_start_in_the_middle(name):
     """Twice: at steps 100 and 150. The same again without one is less than this."""
     variant, micro_batches = CASES[name], 2 if name.endswith("in two") else 1
@@ -113,13 +104,6 @@ def test_the_same_after_a_fresh_start_in_the_middle(name):
         assert any("aux" in log and log["aux"] > 0 for log in logs["one"])
     if name == "relu sparse in the end, in two":
         assert 0 < one.l0 < F / 8
-
-
-def test_feature_choice_is_the_same_again():
-    logs: list[list] = [[], []]
-    one, again = (run(fresh(CASES["feature_choice"], 2), STEPS, log) for log in logs)
-    assert_same(one, again)
-    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("name", ["topk", "feature_choice", "relu", "jumprelu target, ema", "variational input, ema"])
