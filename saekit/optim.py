@@ -13,12 +13,13 @@ DECAY_SHARE = 0.2
 
 
 def default_lr(d_sae: int, steps: int | None) -> float:
-    """2e-4·√(2¹⁴/F), times √(32,000/steps) for runs shorter than 32,000 steps, at most 8 times.
+    """2e-4·√(2¹⁴/F), times √(32,000/steps) for runs shorter than 32,000 steps, at most 8 times; never above 0.01.
 
-    The first factor is the rule of the published trainers, made for 10⁴ to 10⁵ steps; a short run needs more.
+    The first factor is the rule of the published trainers, made for 10⁴ to 10⁵ steps; a short run needs more. With a few
+    hundred features the rule asks for rates at which many of them die.
     """
     boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(32_000 / steps)))
-    return 2e-4 * math.sqrt(2**14 / d_sae) * boost
+    return min(0.01, 2e-4 * math.sqrt(2**14 / d_sae) * boost)
 
 
 def lr_scale(step: int, steps: int | None) -> float:

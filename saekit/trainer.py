@@ -5,7 +5,7 @@
 
 One step:
 1. x = s · raw; pre-activations and codes by the variant's rule for training.
-2. Idle counters from these codes; every 64 steps the list U of dead features.
+2. Idle counters from these codes; every 64 steps, in short runs a hundred times, the list U of dead features.
 3. L = Σ‖x − x̂‖² / (B·V) + aux · AuxK + the variant's losses; gradients (saekit/backward.py), then their mean over ranks.
 4. The decoder's gradient loses its part along each unit row; clipping, if asked for; Adam; rows back to norm 1.
 5. The variant updates its buffers.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from saekit_kernels import RowCount, RowMass, Threshold, Workspace, row_adam_
+from saekit_kernels import Codes, RowCount, RowMass, Threshold, Workspace, row_adam_
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -59,6 +59,10 @@ class InputStatistics:
             return 1.0
         if normalise == "unit":
             return 1 / math.sqrt(self.total_variance)
+        if normalise == "sqrt_d" and self.mean_norm is None:
+            raise SaekitError(
+                "normalise = sqrt_d needs the mean norm of an activation; pass mean_norm= with the statistics"
+            )
         if normalise == "mean_square":
             return 1 / math.sqrt(self.total_variance + float(self.mean_D.double().square().sum()))
         assert self.mean_norm is not None
@@ -102,6 +106,8 @@ class Trainer:
         self.d_model, self.d_sae, self.tokens, self.seed = D, F, tokens, seed
         self.device = resolve_device(str(device))
         self.compute, self.compute_reason = resolve_compute(compute, self.device)
+        if micro_batches < 1:
+            raise SaekitError(f"micro_batches = {micro_batches}; it must be at least 1")
         self.micro_batches, self.ranks = micro_batches, ranks or Ranks()
         self.dead_after = variant.dead_after or (
             DEAD_AFTER if tokens is None else max(1, min(DEAD_AFTER, tokens // 20))
@@ -158,7 +164,7 @@ class Trainer:
         self.aux_under = torch.zeros(0, dtype=torch.bool, device=self.device)
         self.hint: Tensor | None = None
         self.l0 = float(F)
-        self.step_count = 0
+        self.step_count, self.rebuild_every = 0, REBUILD_EVERY
         self.steps: int | None = None
         self.lr: float | None = None
         self.bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)
@@ -230,10 +236,13 @@ class Trainer:
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
         x_BD = self.normalised(raw_BD)
         at = self.moment(x_BD, len(x_BD) * ranks.size)
-        rule = None if self.variant.select is not None else self.variant.inference_rule(at)
+        select = self.variant.select
+        rule = None if select is not None else self.variant.inference_rule(at)
         if self._is_dense(at) and not isinstance(rule, RowCount):
             pre_BF = (x_BD - self.b_dec) @ self.W_enc.T
-            y_BD = (pre_BF if self.variant.key == "abs" else pre_BF.relu()) @ self.W_dec
+            codes = pre_BF if self.variant.key == "abs" else pre_BF.relu()
+            codes = codes if select is None else select(pre_BF)
+            y_BD = codes.times(self.W_dec) if isinstance(codes, Codes) else codes @ self.W_dec
         else:
             # what is kept of a row in the end, where that is a rule of rows
             rule = rule if isinstance(rule, RowCount) else None
@@ -249,6 +258,8 @@ class Trainer:
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
         """One step on a batch (B, D) in the store's units; returns the named losses, weighted, as 0-d tensors."""
+        if x_BD.shape[0] == 0:
+            raise SaekitError("a step needs at least one row")
         if x_BD.shape[0] % self.micro_batches:
             raise SaekitError(f"{x_BD.shape[0]} rows are not divisible by {self.micro_batches} micro-batches")
         if self.lr is None:
@@ -287,7 +298,7 @@ class Trainer:
         l0 = firings_F.sum() / rows
         if self._by_threshold:
             self.l0 = float(l0)
-        self._add(loss=loss, **named, **extra, l0=l0, grad_norm=grad_norm)
+        self._add(named, loss=loss, **extra, l0=l0, grad_norm=grad_norm)
         self.step_count += 1
         return named
 
@@ -296,6 +307,8 @@ class Trainer:
         self.steps = None if self.tokens is None else max(1, self.tokens // rows)
         own = self.variant.lr
         self.lr = own if own is not None else self.variant.lr_factor * optim.default_lr(self.d_sae, self.steps)
+        # so rarely that nothing waits for the device, so often that a short run revives what dies
+        self.rebuild_every = REBUILD_EVERY if self.steps is None else max(1, min(REBUILD_EVERY, self.steps // 100))
         advice = self.variant.advice(self.d_sae, rows // self.micro_batches)
         dense = f"{self.variant.name} trains on dense matrices of pre-activations" if self.variant.dense else None
         for line in filter(None, (advice, dense)):
@@ -328,7 +341,7 @@ class Trainer:
         out.firings_F = firings_F
         self.idle_F += out.moment.rows
         self.idle_F.masked_fill_(firings_F > 0, 0)
-        if self.step_count % REBUILD_EVERY == 0 and not self._accumulating:
+        if self.step_count % self.rebuild_every == 0 and not self._accumulating:
             dead_F = self.idle_F >= self.dead_after
             under_F = self.variant.revive(self.buffers, self.dead_after)
             wanted_F = dead_F if under_F is None else dead_F | under_F
@@ -364,7 +377,12 @@ class Trainer:
         found = torch.stack([torch.full_like(feature, self.step_count), feature])
         self.bad = torch.where((self.bad[0] < 0) & ~good, found, self.bad)
 
-    def _add(self, **values: Tensor):
+    def _add(self, own: dict[str, Tensor], **values: Tensor):
+        if clash := own.keys() & (values.keys() | {"dead", "lr"}):
+            raise SaekitError(
+                f"{self.variant.name} calls a loss {min(clash)}, which is a key of the log; name it otherwise"
+            )
+        values |= own
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.logged_steps += 1
@@ -436,6 +454,7 @@ class Trainer:
             "lr": self.lr,
             "l0": self.l0,
             "logged_steps": self.logged_steps,
+            "rebuild_every": self.rebuild_every,
             "fitted": self.fitted,
         }
 
@@ -455,7 +474,9 @@ class Trainer:
         self.hint = None if hint is None else hint.to(self.device).view(-1 if len(hint) > 1 else ())
         self.sums = {k[4:]: t[0].to(self.device) for k, t in tensors.items() if k.startswith("sum.")}
         self.step_count, self.steps, self.lr, self.l0 = (values[k] for k in ("step", "steps", "lr", "l0"))
-        self.logged_steps, self.fitted = values["logged_steps"], values["fitted"]
+        self.logged_steps, self.fitted, self.rebuild_every = (
+            values[k] for k in ("logged_steps", "fitted", "rebuild_every")
+        )
 
 
 def _square(g_FD: Tensor) -> Tensor:

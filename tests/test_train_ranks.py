@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -99,7 +101,9 @@ def run(folder: Path, ranks: int, *words, signalled: tuple[str, int, int] = ("",
             "said": str(folder / f"rank{rank}"),
         }
         processes.append(context.Process(target=exec, args=(CHILD, names)))
-        processes[-1].start()
+        # Streamlit's tests leave a script as the main module, which a child would run
+        with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+            processes[-1].start()
     for process in processes:
         process.join(120)
         assert process.exitcode is not None, "it does not end"

@@ -210,6 +210,7 @@ def test_schedule():
     assert optim.default_lr(2**14, 32_000) == pytest.approx(2e-4)
     assert optim.default_lr(2**12, 2_000) == pytest.approx(2e-4 * 2 * 4)
     assert optim.default_lr(2**14, 10) == pytest.approx(2e-4 * 8)
+    assert optim.default_lr(64, 10) == 0.01  # 0.0256 by the rule
 
 
 def test_generators_of_different_purposes_share_nothing():
@@ -232,3 +233,47 @@ def test_an_overflowing_decoder_row_is_named(x_BD):
     trainer.step(x_BD)
     with pytest.raises(SaekitError, match=r"decoder row of feature \d+ overflowed by step 1; .* lower --lr"):
         trainer.log()
+
+
+def test_what_a_caller_can_get_wrong_is_one_line(x_BD):
+    statistics = InputStatistics(x_BD.mean(0), 16.0)
+    with pytest.raises(SaekitError, match="micro_batches = 0; it must be at least 1"):
+        Trainer(sk.TopK(k=4, d_sae=64), d_model=16, micro_batches=0)
+    with pytest.raises(SaekitError, match="normalise = sqrt_d needs the mean norm"):
+        Trainer(sk.TopK(k=4, d_sae=64, normalise="sqrt_d"), d_model=16, statistics=statistics)
+    with pytest.raises(SaekitError, match="at least one row"):
+        Trainer(sk.TopK(k=4, d_sae=64), d_model=16, tokens=960).step(x_BD[:0])
+    with pytest.raises(SaekitError, match="95 rows are not divisible by 2 micro-batches"):
+        Trainer(sk.TopK(k=4, d_sae=64), d_model=16, micro_batches=2).step(x_BD[:95])
+
+
+def test_a_loss_cannot_take_a_key_of_the_log(x_BD):
+    class Clash(sk.TopK):
+        own_losses = True
+
+        def losses(self, out):
+            return {"l0": out.values.abs().mean()}
+
+    with pytest.raises(SaekitError, match="topk calls a loss l0, which is a key of the log"):
+        Trainer(Clash(k=4, d_sae=64), d_model=16).step(x_BD)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(50, 1), (600, 6), (6400, 64), (100_000, 64), (None, 64)])
+def test_the_list_of_dead_features_is_rebuilt_a_hundred_times_or_every_64_steps(x_BD, steps, every):
+    trainer = Trainer(sk.TopK(k=4, d_sae=64), d_model=16, tokens=None if steps is None else 96 * steps)
+    trainer.step(x_BD)
+    assert trainer.rebuild_every == every
+
+
+def test_feature_choice_without_a_length_is_calibrated_as_mutual_choice(x_BD):
+    def rows(n):
+        yield x_BD
+
+    found = []
+    for cls in (sk.FeatureChoice, sk.MutualChoice):
+        trainer = Trainer(cls(k=4, d_sae=64), d_model=16)
+        for _ in range(5):
+            trainer.step(x_BD)
+        found.append(trainer.finish(None, rows))
+    assert torch.equal(found[0].encode(x_BD).dense(), found[1].encode(x_BD).dense())
+    assert found[0].encode(x_BD).l0().sum() == 4 * 96

@@ -1,7 +1,7 @@
 """The five selection rules: what `encode_select` may keep. Plain data; each path reads them in its own way.
 
 `count` fields are numbers, fields ending in a dimension are tensors. `hint` is what the last call returned: it changes
-the speed of the next call, never its result.
+the speed of the next call and never what is kept, at most the last bit of a value in a column that is computed anew.
 """
 
 import math

@@ -247,8 +247,9 @@ RATE, RATE_STEPS, START, FREEZE = 0.01, 16, 0.03, 0.95
 class Penalised(Variant):
     """A variant whose sparsity is set by a penalty λ, which a controller moves until L0 is `l0`.
 
-    λ ← λ · exp(rate · clip((L0̄ − l0) / l0, −1, 1)) after the warm-up of the penalty, L0̄ an average with decay 0.99; frozen for
-    the last fifth. The rate is 0.01 per step, more in a short run: enough for a factor of e⁸ over the steps at hand.
+    After the warm-up of the penalty λ ← λ · exp(rate · clip(log(fast² / (slow · l0)), −1, 1)), where fast and slow are averages of
+    L0 with decay 0.9 and 0.98: fast² / slow is where L0 is going. The rate is 0.01 per step, 16 / steps in a short run; λ rests for
+    the last 5 % of the steps.
     """
 
     logged: ClassVar[tuple[str, ...]] = ("lambda",)
@@ -294,7 +295,10 @@ class Penalised(Variant):
             out.buffers["lambda"].mul_((rate * ahead.clamp(-1, 1)).exp())
 
 
-def ramp(at: "Moment", most: int, share: float) -> float:
-    """Linear warm-up from 1/n to 1 over n = min(most, share · steps) steps."""
-    over = most if at.steps is None else min(most, share * at.steps)
+def ramp(at: "Moment", most: int | None, share: float) -> float:
+    """Linear warm-up from 1/n to 1 over n = min(most, share · steps) steps; over `most`, or 5,000, where the length is unknown."""
+    if at.steps is None:
+        over = 5000 if most is None else most
+    else:
+        over = share * at.steps if most is None else min(most, share * at.steps)
     return min(1.0, (at.step + 1) / max(1.0, over))

@@ -91,6 +91,9 @@ class FeatureChoice(MutualChoice):
         from saekit import calibration
 
         budget_F = sae.extra["budget"]
+        if self.budget != "uniform" and bool((budget_F == budget_F[0]).all()):
+            # features never chose: one threshold for all, as in mutual_choice
+            return super().finish(sae, rows)
         wanted = calibration.rows_for_columns(budget_F, CALIBRATION_ROWS)
         theta_F, n = calibration.column_thresholds(
             calibration.Encoder.of(sae), lambda: rows(wanted), budget_F, sae.extra["threshold"]

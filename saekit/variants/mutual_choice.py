@@ -42,7 +42,7 @@ class BatchChoice(Counted):
         from saekit import calibration
 
         theta, n = calibration.batch_threshold(
-            calibration.Encoder.of(sae), lambda: rows(CALIBRATION_ROWS), self.k, float(sae.extra["threshold"])
+            calibration.Encoder.of(sae), lambda: rows(CALIBRATION_ROWS), self.k, float(sae.extra["threshold"].max())
         )
         sae.extra["threshold"].fill_(theta)
         return {"threshold_source": "calibration", "calibration_rows": n}

@@ -129,7 +129,7 @@ class Variational(Counted):
             kl = out.row_sum(torch.where(out.values.detach() != 0, kl, 0))
         else:
             kl = kl.sum(1)
-        return {"kl": self.beta * ramp(out.moment, 10**9, 0.1) * kl.mean()}
+        return {"kl": self.beta * ramp(out.moment, None, 0.1) * kl.mean()}
 
     def finish(self, sae, rows) -> dict:
         from saekit.variants.abs_topk import flip_signs
