@@ -21,6 +21,7 @@ TINY_TEXT = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Of two workers each takes whole files; what looks at the demo goes to one of them, since building it takes minutes."""
     if config.pluginmanager.hasplugin("xdist"):
