@@ -11,7 +11,8 @@ demo: .venv/installed
 test: .venv/tested
 	@tests/chromium.sh
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not long and not demo" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m demo
 	@$(MAKE) --no-print-directory test-interpreter
 
 # kernels in Triton's interpreter need a process of their own: the flag is read once, at import

@@ -21,15 +21,6 @@ TINY_TEXT = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """Of two workers each takes whole files; what looks at the demo goes to one of them, since building it takes minutes."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "demo" if "demo" in getattr(item, "fixturenames", ()) else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def quiet_progress(monkeypatch):
     from saekit.progress import Progress

@@ -11,6 +11,8 @@ from saekit import cli
 from saekit.demo import flow
 from saekit.evaluation import load_evaluation
 
+pytestmark = pytest.mark.demo
+
 
 def test_every_stage_shows_a_bar_and_the_end_says_what_next(demo):
     log = demo.log

@@ -7,7 +7,7 @@ from driving import click_row, is_feature, picture, serving, settle, shows, visi
 
 import saekit as sk
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.demo]
 PROMPT = '''class Stack:
     """A list that is used from one end."""
 
