@@ -109,7 +109,7 @@ def made(variant, *, micro_batches=1) -> tuple[Trainer, torch.Tensor]:
     )
     trainer = Trainer(variant, D, statistics=statistics, tokens=B * STEPS, fit_rows=raw_BD, micro_batches=micro_batches)
     trainer._begin(B)
-    trainer.step_count = STEP
+    trainer.step_count, trainer.rebuild_every = STEP, 64
     for name, p in trainer.parameters().items():
         size = {"W_enc": 0.1, "W_dec": 0.0, "W_var": 1.0, "b_var": 1.0, "threshold": 0.0, "r_mag": 0.3}.get(name, 0.03)
         unit = trainer.total_variance**0.5 if name in ("b_enc", "b_dec", "b_mag") else 1.0

@@ -29,7 +29,7 @@ CASES = {
     "top_afa": sk.TopAFA(d_sae=F, dead_after=600),
     "top_afa in two": sk.TopAFA(d_sae=F, dead_after=600),
     "relu": sk.ReLU(d_sae=F, l0=3.0, dead_after=600),
-    "relu sparse in the end, in two": sk.ReLU(d_sae=F, l1=0.4),
+    "relu sparse in the end, in two": sk.ReLU(d_sae=F, l1=0.4, lr=0.036),
     "jumprelu in two": sk.JumpReLU(d_sae=F, l0=3.0),
     "jumprelu target, ema": sk.JumpReLU(d_sae=F, l0=3.0, l0_loss="target", ema=0.99),
     "gated": sk.Gated(d_sae=F, l0=3.0),
