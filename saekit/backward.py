@@ -1,7 +1,7 @@
 """Losses and gradients of one micro-batch, on sparse codes or on dense matrices.
 
-    found = sparse(trainer, x_BD, at, share)      # no (B, F) matrix of codes, no autograd but for what a variant adds
-    found = dense(trainer, x_BD, at, share)       # autograd on (B, F); where most features fire, or a selection is no rule
+    found = sparse(trainer, x_BD, at, rule, share)    # no (B, F) matrix of codes, no autograd but for what a variant adds
+    found = dense(trainer, x_BD, at, rule, share)     # autograd on (B, F); where many features fire, or the selection is no rule
 
 Both give the gradients of the same loss: `share` · (reconstruction + AuxK + the variant's losses), `share` = 1 / micro-batches.
 
@@ -47,15 +47,12 @@ class Found:
     gradients: dict[str, Tensor]
     """By parameter, times `share`; before the decoder's projection."""
     out: Step
-    residual_BD: Tensor
     extra: dict[str, Tensor]
     """Further numbers for the log."""
 
 
-def selected(trainer: "Trainer", x_BD: Tensor, at: Moment, ranks: Ranks, *, csc: bool, rule: Rule | None = None):
-    """The rule, and its codes of the selection batch: this rank's rows, with the hint that the last call gave. `rule` = None:
-    the one of training."""
-    rule = rule or trainer.variant.rule(at)
+def selected(trainer: "Trainer", x_BD: Tensor, rule: Rule, ranks: Ranks, *, csc: bool):
+    """What a rule keeps of the selection batch, this rank's rows, with the hint that the last call gave."""
     if isinstance(rule, BatchCount):
         rule = dataclasses.replace(rule, hint=trainer.hint)
     elif isinstance(rule, ColumnCount):
@@ -75,7 +72,7 @@ def selected(trainer: "Trainer", x_BD: Tensor, at: Moment, ranks: Ranks, *, csc:
         csc=csc,
     )
     trainer.hint = found.hint
-    return rule, found
+    return found
 
 
 def unspent(rule, found) -> dict[str, Tensor]:
@@ -93,10 +90,10 @@ def leaves(trainer: "Trainer") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
+def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, rule: Rule, share: float) -> Found:
     variant, V = trainer.variant, trainer.total_variance
     p, B = trainer.parameters(), len(x_BD)
-    rule, found = selected(trainer, x_BD, at, trainer.ranks, csc=True)
+    found = selected(trainer, x_BD, rule, trainer.ranks, csc=True)
     kept, csc = found.codes, found.csc
     assert csc is not None
 
@@ -151,14 +148,14 @@ def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
         )
         gradients["b_enc"][at_part] = grads.b_enc_F
     gradients["b_dec"] = parts[0].residual_BD.sum(0) * slope
-    _add_aux(trainer, x_BD, residual_BD, share, named, gradients)
-    # through x − b_dec, for AuxK's pre-activations too: their bias gradients are in b_enc's
+    # through x − b_dec
     gradients["b_dec"] -= gradients["b_enc"] @ p["W_enc"]
+    _add_aux(trainer, x_BD, residual_BD, share, named, gradients)
     for name, g in leaf_grads.items():
         gradients[name] = gradients[name].add_(g) if name in gradients else g
     for name in p.keys() - gradients.keys():
         gradients[name] = torch.zeros_like(p[name])
-    return Found(named, gradients, out, residual_BD, extra)
+    return Found(named, gradients, out, extra)
 
 
 @dataclass
@@ -217,18 +214,18 @@ def _features(codes: Codes, first: int, last: int) -> tuple[Tensor, Codes]:
     return slots, Codes.flat(row_ptr, codes.indices[slots] - first, codes.values[slots], last - first)
 
 
-def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
+def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, rule: Rule | None, share: float) -> Found:
     variant, V = trainer.variant, trainer.total_variance
     with torch.enable_grad():
         graph = leaves(trainer)
         pre_BF = torch.addmm(graph["b_enc"], x_BD - graph["b_dec"], graph["W_enc"].T)
         extra: dict[str, Tensor] = {}
-        if variant.select is not None or variant.keeps_all:
+        if rule is None:
             out = trainer.out(DenseSlots(pre_BF, torch.ones_like(pre_BF, dtype=torch.bool)), at, graph)
             values = variant.values(out) if variant.select is None else variant.select(pre_BF)
             out.values = values.dense() if isinstance(values, Codes) else values
         else:
-            mask_BF, out_threshold, extra = _mask(trainer, x_BD, pre_BF.detach(), at)
+            mask_BF, out_threshold, extra = _mask(trainer, x_BD, pre_BF.detach(), rule)
             out = trainer.out(DenseSlots(pre_BF, mask_BF), at, graph)
             out.threshold = out_threshold
             out.values = torch.where(mask_BF, variant.values(out) if variant.own_values else pre_BF, 0)
@@ -247,28 +244,23 @@ def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, share: float) -> Found:
     }
     extra |= {"fvu": recs[-1].detach(), **{f"fvu_{n}": r.detach() for n, r in zip(bounds[:-1], recs)}}
     named = {name: loss.detach() for name, loss in named.items()}
-    bias_F = torch.zeros_like(gradients["b_enc"])
-    _add_aux(trainer, x_BD, residual_BD.detach(), share, named, gradients, bias_F)
-    gradients["b_dec"] = gradients["b_dec"] - bias_F @ trainer.parameters()["W_enc"]
-    return Found(named, gradients, out, residual_BD.detach(), extra)
+    _add_aux(trainer, x_BD, residual_BD.detach(), share, named, gradients)
+    return Found(named, gradients, out, extra)
 
 
-def _mask(trainer: "Trainer", x_BD: Tensor, pre_BF: Tensor, at: Moment):
-    """Which pre-activations the rule keeps."""
-    rule = trainer.variant.rule(at)
+def _mask(trainer: "Trainer", x_BD: Tensor, pre_BF: Tensor, rule: Rule):
+    """Which pre-activations the rule keeps (B, F), its smallest kept key, numbers for the log."""
     if isinstance(rule, Threshold):
         key_BF = pre_BF.abs() if trainer.variant.key == "abs" else pre_BF
         bar = torch.as_tensor(rule.theta, dtype=pre_BF.dtype, device=pre_BF.device) - rule.margin
         return torch.le(key_BF, bar.clamp(min=0)).logical_not_(), None, {}
-    rule, found = selected(trainer, x_BD, at, trainer.ranks, csc=False)
+    found = selected(trainer, x_BD, rule, trainer.ranks, csc=False)
     return found.codes.dense() != 0, found.threshold, unspent(rule, found)
 
 
-def _add_aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict, gradients: dict, bias_F=None):
-    """AuxK on copies of the rows it trains: its loss, and its gradients added to these rows.
-
-    `bias_F`: where the bias gradient goes as well, for a caller whose b_dec has its own already.
-    """
+def _add_aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict, gradients: dict):
+    """AuxK on copies of the rows it trains: its loss, and its gradients added to these rows and to b_dec, which it reaches
+    through x − b_dec."""
     ids, weight = trainer.aux_ids, getattr(trainer.variant, "aux", 0.0)
     if not weight or not len(ids):
         return
@@ -285,6 +277,5 @@ def _add_aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict, g
     grads = torch.autograd.grad(part, (W_enc, W_dec, b_enc))
     for name, g in zip(("W_enc", "W_dec", "b_enc"), grads, strict=True):
         gradients[name][ids] += g
-    if bias_F is not None:
-        bias_F[ids] += grads[2]
+    gradients["b_dec"] -= grads[2] @ p["W_enc"][ids]
     named["aux"] = loss.detach()

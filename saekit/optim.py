@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from saekit.variants.base import Variant
+
 BETAS = (0.9, 0.999)
 # gradients of rare features are tiny under a normalised loss; the usual 1e-8 would swallow them
 EPS = 6.25e-10
@@ -20,6 +22,11 @@ def default_lr(d_sae: int, steps: int | None) -> float:
     """
     boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(32_000 / steps)))
     return min(0.01, 2e-4 * math.sqrt(2**14 / d_sae) * boost)
+
+
+def learning_rate(variant: Variant, d_sae: int, steps: int | None) -> float:
+    """The variant's own rate, or the rule's."""
+    return default_lr(d_sae, steps) if variant.lr is None else variant.lr
 
 
 def lr_scale(step: int, steps: int | None) -> float:

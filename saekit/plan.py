@@ -25,7 +25,7 @@ from saekit.checkpoint import checkpoint_bytes, checkpoints
 from saekit.config import RunOptions, StreamOptions
 from saekit.device import resolve_device
 from saekit.errors import SaekitError
-from saekit.optim import default_lr
+from saekit.optim import learning_rate
 from saekit.provenance import only_site
 from saekit.ranks import Ranks
 from saekit.run_folder import environment_of, identity_of
@@ -216,7 +216,7 @@ class Plan:
                 "steps": self.steps,
                 "d_model": trainer.d_model,
                 "micro_batch": self.options.batch // self.options.micro_batches,
-                "lr": trainer.variant.lr or trainer.variant.lr_factor * default_lr(trainer.d_sae, self.steps),
+                "lr": learning_rate(trainer.variant, trainer.d_sae, self.steps),
                 "dead_after": trainer.dead_after,
                 "input_scale": trainer.scale,
                 "checkpoint_every": self.checkpoint_every,

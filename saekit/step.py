@@ -53,10 +53,6 @@ class Slots(Protocol):
         """Each slot's entry of a vector over features."""
         ...
 
-    def row(self, t_B: Tensor) -> Tensor:
-        """Each slot's entry of a vector over tokens."""
-        ...
-
     def row_sum(self, t: Tensor) -> Tensor:
         """Sum over the slots of each token, (B)."""
         ...
@@ -80,9 +76,6 @@ class SparseSlots:
     def feature(self, t_F: Tensor) -> Tensor:
         return _OfFeature.apply(t_F, self.codes.indices, self.csc)
 
-    def row(self, t_B: Tensor) -> Tensor:
-        return t_B[:, None].expand_as(self.pre) if self.codes.is_rowwise else t_B[self.codes.slot_rows()]
-
     def row_sum(self, t: Tensor) -> Tensor:
         return t.sum(1) if self.codes.is_rowwise else _RowSum.apply(t, self.codes.row_ptr)
 
@@ -101,9 +94,6 @@ class DenseSlots:
 
     def feature(self, t_F: Tensor) -> Tensor:
         return t_F
-
-    def row(self, t_B: Tensor) -> Tensor:
-        return t_B[:, None]
 
     def row_sum(self, t: Tensor) -> Tensor:
         return torch.where(self.mask, t, 0).sum(1)
@@ -182,9 +172,6 @@ class Step:
 
     def feature(self, t_F: Tensor) -> Tensor:
         return self.slots.feature(t_F)
-
-    def row(self, t_B: Tensor) -> Tensor:
-        return self.slots.row(t_B)
 
     def row_sum(self, t: Tensor) -> Tensor:
         return self.slots.row_sum(t)

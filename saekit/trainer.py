@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from saekit_kernels import Codes, RowCount, RowMass, Threshold, Workspace, row_adam_
+from saekit_kernels import Codes, RowCount, RowMass, Rule, Threshold, Workspace, row_adam_
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -40,6 +40,8 @@ DEAD_AFTER = 10_000_000
 # more features per token than one in so many, and dense products are faster than sparse ones: one thread, AVX2, ms per
 # micro-batch dense and sparse at F/16, F/8, F/4: 144 and 56, 127 and 82, 137 and 135 (D = 192, F = 1,536, B = 2,048)
 DENSE_SHARE = 8
+# rules that leave the number of codes open
+BY_SIZE = (Threshold, RowMass)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,6 @@ class Trainer:
         # of the step in hand: rows of this rank, the first of the micro-batch among them, normals drawn for them
         self._rows, self._first_row = 0, 0
         self._noise: tuple[tuple[int, int], Tensor] | None = None
-        self._by_threshold = False
         self.idle_F = torch.zeros(F, dtype=torch.int64, device=self.device)
         self.aux_ids = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.aux_under = torch.zeros(0, dtype=torch.bool, device=self.device)
@@ -225,28 +226,30 @@ class Trainer:
     def moment(self, x_BD: Tensor, rows: int) -> Moment:
         return Moment(x_BD, self.b_dec, self.buffers | self._parameters, rows, self.d_sae, self.step_count, self.steps)
 
-    def _is_dense(self, at: Moment) -> bool:
-        """Whether this step runs on dense matrices: by option, or because many features fire (as of the step before)."""
-        if self.variant.dense:
-            return True
-        self._by_threshold = isinstance(self.variant.rule(at), Threshold | RowMass)
-        return self._by_threshold and self.l0 * DENSE_SHARE > self.d_sae
+    def _rule(self, at: Moment) -> Rule | None:
+        """What this micro-batch is selected by; None where the variant chooses by itself."""
+        return None if self.variant.select is not None or self.variant.keeps_all else self.variant.rule(at)
+
+    def _is_dense(self, rule: Rule | None) -> bool:
+        """Whether a step runs on dense matrices: by option, or because many features fire (as of the step before)."""
+        return self.variant.dense or (isinstance(rule, BY_SIZE) and self.l0 * DENSE_SHARE > self.d_sae)
 
     def _fit_encoder(self, raw_BD: Tensor, ranks: Ranks):
         """Scales W_enc so that the first reconstruction is the best multiple: ⟨x, x̂⟩ / ⟨x̂, x̂⟩, without b_dec."""
         x_BD = self.normalised(raw_BD)
         at = self.moment(x_BD, len(x_BD) * ranks.size)
         select = self.variant.select
-        rule = None if select is not None else self.variant.inference_rule(at)
-        if self._is_dense(at) and not isinstance(rule, RowCount):
+        rule = self._rule(at)
+        last = None if select is not None else self.variant.inference_rule(at)
+        # what is kept of a row in the end, where that is a number
+        rule = last if isinstance(last, RowCount) else rule
+        if rule is None or (self._is_dense(rule) and not isinstance(rule, RowCount)):
             pre_BF = (x_BD - self.b_dec) @ self.W_enc.T
             codes = pre_BF if self.variant.key == "abs" else pre_BF.relu()
             codes = codes if select is None else select(pre_BF)
             y_BD = codes.times(self.W_dec) if isinstance(codes, Codes) else codes @ self.W_dec
         else:
-            # what is kept of a row in the end, where that is a rule of rows
-            rule = rule if isinstance(rule, RowCount) else None
-            y_BD = backward.selected(self, x_BD, at, ranks, csc=False, rule=rule)[1].codes.times(self.W_dec)
+            y_BD = backward.selected(self, x_BD, rule, ranks, csc=False).codes.times(self.W_dec)
         products = torch.stack([((x_BD - self.b_dec) * y_BD).sum(), (y_BD * y_BD).sum()]).double()
         ranks.sum_([products])
         along, norm = products.tolist()
@@ -275,7 +278,11 @@ class Trainer:
         for i, part_BD in enumerate(x_BD.split(len(x_BD) // self.micro_batches)):
             self._accumulating = i > 0
             at = self.moment(part_BD, len(part_BD) * self.ranks.size)
-            found = (backward.dense if self._is_dense(at) else backward.sparse)(self, part_BD, at, share)
+            rule = self._rule(at)
+            if rule is None or self._is_dense(rule):
+                found = backward.dense(self, part_BD, at, rule, share)
+            else:
+                found = backward.sparse(self, part_BD, at, rule, share)
             self._first_row += len(part_BD)
             for total, values in ((named, found.named), (extra, found.extra)):
                 for name, value in values.items():
@@ -296,7 +303,7 @@ class Trainer:
         for name, average in self.averages.items():
             average.lerp_(self._parameters[name], 1 - self.variant.ema)
         l0 = firings_F.sum() / rows
-        if self._by_threshold:
+        if isinstance(rule, BY_SIZE):
             self.l0 = float(l0)
         self._add(named, loss=loss, **extra, l0=l0, grad_norm=grad_norm)
         self.step_count += 1
@@ -305,8 +312,7 @@ class Trainer:
     def _begin(self, rows: int):
         """What needs the size of a batch."""
         self.steps = None if self.tokens is None else max(1, self.tokens // rows)
-        own = self.variant.lr
-        self.lr = own if own is not None else self.variant.lr_factor * optim.default_lr(self.d_sae, self.steps)
+        self.lr = optim.learning_rate(self.variant, self.d_sae, self.steps)
         # so rarely that nothing waits for the device, so often that a short run revives what dies
         self.rebuild_every = REBUILD_EVERY if self.steps is None else max(1, min(REBUILD_EVERY, self.steps // 100))
         advice = self.variant.advice(self.d_sae, rows // self.micro_batches)

@@ -40,7 +40,8 @@ def dense_gradients(trainer, x_BD, dead=None):
 
 def codes_of(trainer, raw_BD):
     x_BD = trainer.normalised(raw_BD)
-    return backward.selected(trainer, x_BD, trainer.moment(x_BD, len(x_BD)), Ranks(), csc=False)[1].codes
+    rule = trainer.variant.rule(trainer.moment(x_BD, len(x_BD)))
+    return backward.selected(trainer, x_BD, rule, Ranks(), csc=False).codes
 
 
 def captured_step(trainer, x_BD, monkeypatch):

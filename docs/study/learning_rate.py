@@ -87,7 +87,7 @@ def run_arm(store, name: str, arm: tuple, factors) -> list[dict]:
     )
     cls = VARIANTS[variant]
     own = {"k": k} if "k" in cls.__dataclass_fields__ else {"l0": k} if "l0" in cls.__dataclass_fields__ else {}
-    rule = cls.lr_factor * optim.default_lr(F, steps)
+    rule = optim.default_lr(F, steps)
     trainers = [
         Trainer(
             cls(d_sae=F, lr=rule * factor, **own),

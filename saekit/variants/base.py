@@ -45,8 +45,6 @@ class Variant:
     """Key in VARIANTS; `abs_topk` is typed abs-topk on the command line."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     """Adam's."""
-    lr_factor: ClassVar[float] = 1.0
-    """Of the learning-rate rule."""
     saved: ClassVar[tuple[str, ...]] = ()
     """Buffers that inference needs; they go into `sae.safetensors`."""
     logged: ClassVar[tuple[str, ...]] = ()

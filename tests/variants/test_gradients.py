@@ -142,7 +142,9 @@ def slots_of(trainer: Trainer, raw_BD) -> torch.Tensor | None:
     if trainer.variant.name != "variational":
         return None
     x_BD = trainer.normalised(raw_BD)
-    return backward.selected(trainer, x_BD, trainer.moment(x_BD, B), trainer.ranks, csc=False)[1].codes.indices
+    return backward.selected(
+        trainer, x_BD, trainer.variant.rule(trainer.moment(x_BD, B)), trainer.ranks, csc=False
+    ).codes.indices
 
 
 def silence(reference, trainer: Trainer, raw_BD) -> torch.Tensor:
@@ -404,7 +406,8 @@ def test_noise_after_selection_changes_no_firing():
     for step in (64, 65):
         trainer.step_count = step
         trainer._rows = B
-        seen.append(backward.sparse(trainer, x_BD, trainer.moment(x_BD, B), 1.0).out)
+        at = trainer.moment(x_BD, B)
+        seen.append(backward.sparse(trainer, x_BD, at, trainer._rule(at), 1.0).out)
     one, two = ((out.slots.codes.indices, out.values) for out in seen)
     assert torch.equal(one[0], two[0])
     assert (one[1] != two[1]).all() and (one[1] != 0).all() and (two[1] != 0).all()

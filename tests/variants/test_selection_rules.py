@@ -37,14 +37,16 @@ def identity(variant, F: int = 4, **more) -> Trainer:
 def in_training(trainer: Trainer, x_BD: torch.Tensor) -> Codes:
     """The codes of the next step."""
     x_BD = trainer.normalised(x_BD)
-    return backward.selected(trainer, x_BD, trainer.moment(x_BD, len(x_BD)), trainer.ranks, csc=False)[1].codes
+    rule = trainer.variant.rule(trainer.moment(x_BD, len(x_BD)))
+    return backward.selected(trainer, x_BD, rule, trainer.ranks, csc=False).codes
 
 
 def on_dense(trainer: Trainer, x_BD: torch.Tensor) -> torch.Tensor:
     """The codes (B, F) of the next step on dense matrices."""
     x_BD = trainer.normalised(x_BD)
     trainer._rows = len(x_BD)
-    out = backward.dense(trainer, x_BD, trainer.moment(x_BD, len(x_BD)), 1.0).out
+    at = trainer.moment(x_BD, len(x_BD))
+    out = backward.dense(trainer, x_BD, at, trainer._rule(at), 1.0).out
     return out.values.detach()
 
 
