@@ -135,7 +135,7 @@ def spectrum(idx):
     both = int(((idx.column("n_pos") > 0) & (idx.column("n_neg") > 0)).sum())
     signs = f" {both:,} fire with both signs." if idx.signed else ""
     st.caption(
-        f"{silent:,} silent features are left out; {dense:,} fire on more than 10 % of tokens.{signs} "
+        f"{silent:,} silent feature{' is' if silent == 1 else 's are'} left out; {dense:,} fire on more than 10 % of tokens.{signs} "
         "A bar opens its features."
     )
     with st.expander("Numbers"):
