@@ -28,6 +28,25 @@ def quiet_progress(monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
 
 
+@pytest.fixture
+def nan_in_fresh_memory_one_thread_one_seed():
+    """For kernels: memory that nobody wrote shows, since torch fills fresh tensors with NaN (integers: the largest one).
+
+    One thread: on a busy machine a second one costs a wait for the scheduler in every tiny product.
+    """
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(before)
+
+
 def make_tiny_model(folder: Path, *, layers: int = 2, width: int = 64, seed: int = 0, **config) -> Path:
     """A random Llama with a byte-level tokenizer of 300 ids (BOS 0, EOS 1), weights scaled up so that it has opinions."""
     import torch
