@@ -89,13 +89,14 @@ _RULES = {
 _forced: ContextVar[str | None] = ContextVar("saekit_kernels_path", default=None)
 
 _CPU_REASONS = {
-    "encode_select": "row blocks in the cache, selection by group maxima: half the time of topk on whole rows",
+    "encode_select": "blocks of rows, selection by group maxima: a third of the time of topk on whole rows",
     "decode": "embedding_bag: half the time of the CSR product",
     "decode_residual_value_grad": "embedding_bag, then the sampled dense product: half the time of embedding_bag's gradient",
     "pair_dots": "sampled dense product: half the time of embedding_bag's gradient",
     "build_csc": "one stable argsort",
-    "segment_sum": "embedding_bag below 8 MB, above it the CSR product into a kept buffer",
+    "segment_sum": "embedding_bag on blocks of features that stay in the cache",
     "row_adam_": "fused Adam on blocks of rows that stay in the cache",
+    "segment_adam_": "sums, projection, fused Adam and norm on blocks that stay in the cache: no gradient in memory",
 }
 
 
@@ -126,7 +127,7 @@ def _choose(forced: str | None, op: str, device: str, dtype: torch.dtype, rule: 
         elif op == "encode_select" and (rule != "row_count" or key == "raw" or scaled):
             what = rule if rule != "row_count" else f"key {key!r}" if key == "raw" else "scale_F"
             cannot["cpu"] = f"the cpu path does not select by {what}"
-        elif op == "row_adam_" and cpu.FUSED_ADAM is None:
+        elif op in ("row_adam_", "segment_adam_") and cpu.FUSED_ADAM is None:
             cannot["cpu"] = "this torch has no _fused_adam_"
     if forced is not None:
         if forced in cannot:
@@ -686,6 +687,78 @@ def row_adam_(
     scale = None if grad_scale is None else torch.as_tensor(grad_scale, dtype=w.dtype, device=w.device)
     with torch.no_grad():
         _adam_op(w, m, v, grad, torch.as_tensor(step, dtype=torch.float32), lr, b1, b2, eps, unit_norm, scale)
+
+
+@torch.library.custom_op(
+    "saekit_kernels::segment_adam_", mutates_args=("W_dec", "W_enc", "m_dec", "v_dec", "m_enc", "v_enc")
+)
+def _segment_adam_op(
+    ptr: Tensor, pair: Tensor, token: Tensor, coef_dec: Tensor, residual: Tensor, coef_enc: Tensor, x: Tensor,
+    W_dec: Tensor, W_enc: Tensor, m_dec: Tensor, v_dec: Tensor, m_enc: Tensor, v_enc: Tensor,
+    ids: Tensor | None, rows_dec: Tensor | None, rows_enc: Tensor | None,
+    step: Tensor, lr: float, b1: float, b2: float, eps: float,
+) -> Tensor:  # fmt: skip
+    coef_dec, residual, coef_enc, x = (t.detach() for t in _alike(coef_dec, residual, coef_enc, x))
+    extra = None if ids is None else (ids.long(), rows_dec, rows_enc)
+    with _no_autocast(x):
+        return _path("segment_adam_", W_dec).segment_adam_(
+            Csc(ptr, pair, token), coef_dec, residual.contiguous(), coef_enc, x.contiguous(),
+            W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, extra=extra, step=step, lr=lr, b1=b1, b2=b2, eps=eps,
+        )  # fmt: skip
+
+
+@_segment_adam_op.register_fake
+def _(ptr, pair, token, coef_dec, residual, coef_enc, x, W_dec, *_):
+    return W_dec.new_empty(W_dec.shape[0])
+
+
+def segment_adam_(
+    csc: Csc,
+    coef_dec_N: Tensor,
+    residual_BD: Tensor,
+    coef_enc_N: Tensor,
+    x_BD: Tensor,
+    W_dec_FD: Tensor,
+    W_enc_FD: Tensor,
+    dec: tuple[Tensor, Tensor],
+    enc: tuple[Tensor, Tensor],
+    *,
+    step: int | Tensor,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    extra: ExtraRows | None = None,
+) -> Tensor:
+    """`segment_weight_grads` with projection, then `row_adam_` on both matrices, in place, and no gradient in memory.
+
+    `dec` and `enc` are Adam's (m, v) of W_dec, whose rows end with norm 1, and of W_enc. Rows without a firing decay and move
+    too. Returns (F): the squared norm of row f of both gradients together, the decoder's without its part along W_dec.
+    For one device, without clipping, accumulation, or any other gradient on the two matrices: the gradient is never whole.
+
+    Equivalent to `reference.segment_adam_`. Raises ValueError when the shapes do not fit.
+    """
+    n_features, (batch, width) = len(csc.ptr) - 1, x_BD.shape
+    _check_matrix("residual", residual_BD, batch, width)
+    for name, coef in (("coef_dec", coef_dec_N), ("coef_enc", coef_enc_N)):
+        if coef.numel() != len(csc.pair_N):
+            raise ValueError(f"{name} has {coef.numel()} entries for {len(csc.pair_N)} slots")
+    for name, t in zip(("W_dec", "W_enc", "m", "v", "m", "v"), (W_dec_FD, W_enc_FD, *dec, *enc), strict=True):
+        _check_matrix(name, t, n_features, width)
+    more = (None, None, None) if extra is None else (extra.ids_A, extra.W_dec_AD, extra.W_enc_AD)
+    with torch.no_grad():
+        return _segment_adam_op(
+            *csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, W_dec_FD, W_enc_FD, *dec, *enc, *more,
+            torch.as_tensor(step, dtype=torch.float32), lr, b1, b2, eps,
+        )  # fmt: skip
+
+
+def feature_sums(csc: Csc, coef_N: Tensor) -> Tensor:
+    """Σ coef over each feature's firings, in order, (F): the encoder bias's gradient. Coefficients are in slot order."""
+    if coef_N.numel() != len(csc.pair_N):
+        raise ValueError(f"coef has {coef_N.numel()} entries for {len(csc.pair_N)} slots")
+    with torch.no_grad():
+        return portable.segment_coefs(csc, coef_N)[2]
 
 
 @torch.library.custom_op("saekit_kernels::largest_columns", mutates_args=())

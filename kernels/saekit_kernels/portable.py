@@ -67,10 +67,11 @@ class Encoder:
         self.workspace = workspace or Workspace()
         if compute == "bf16":
             self.x_BD, self.W_enc_FD = self.x_BD.bfloat16(), self.W_enc_FD.bfloat16()
-        # CPU, fp32, (4096, 192, 3072): blocks of 256 rows cost as much as one call on one thread (53–56 ms), and a block
-        # of 16 MB is still in the cache when selection reads it. GPU: as few launches as 256 MB allow.
-        budget = 1 << (24 if x_BD.device.type == "cpu" else 28)
-        limit = max(256, budget // (4 * max(1, len(W_enc_FD))))
+        # CPU, fp32, two threads of Zen 3 at (2048, 768, 24576), GFLOP/s by rows per block: 128 114, 170 125, 256 137, 512 152,
+        # 1,024 162, all 169. GPU: as few launches as 256 MB allow.
+        limit = max(256, (1 << 28) // (4 * max(1, len(W_enc_FD))))
+        if x_BD.device.type == "cpu":
+            limit = min(1024, limit)
         self.rows = max(1, -(-len(x_BD) // max(1, -(-len(x_BD) // limit))))
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -327,13 +328,15 @@ def segment_coefs(csc: Csc, coef_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Equivalent to `reference.segment_sum`; the rows of a feature are added in order."""
     token, coef, total_F = segment_coefs(csc, coef_N)
-    if len(coef) == 0:
-        sums_FD = rows_BD.new_zeros(len(csc.ptr) - 1, rows_BD.shape[1])
-    else:
-        sums_FD = F_nn.embedding_bag(
-            token, rows_BD, csc.ptr, per_sample_weights=coef, mode="sum", include_last_offset=True
-        )
+    sums_FD = bags(csc.ptr, token, coef, rows_BD)
     return (sums_FD if out is None else out.copy_(sums_FD)), total_F
+
+
+def bags(ptr: Tensor, token: Tensor, coef: Tensor, rows_BD: Tensor) -> Tensor:
+    """Σ coef · rows[token] over ptr[f] to ptr[f + 1], for each f."""
+    if len(coef) == 0:
+        return rows_BD.new_zeros(len(ptr) - 1, rows_BD.shape[1])
+    return F_nn.embedding_bag(token, rows_BD, ptr, per_sample_weights=coef, mode="sum", include_last_offset=True)
 
 
 def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=None) -> None:
@@ -349,3 +352,19 @@ def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=Non
     w.addcdiv_(m * (-lr / (1 - b1**step)).to(m), root)
     if unit_norm:
         w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def segment_adam_(
+    csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, *, extra=None, **adam
+) -> Tensor:
+    """Equivalent to `reference.segment_adam_`, whole matrices at a time."""
+    g_dec, _ = segment_sum(csc, coef_dec_N, residual_BD)
+    g_enc, _ = segment_sum(csc, coef_enc_N, x_BD)
+    if extra is not None:
+        ids, rows_dec, rows_enc = extra
+        g_dec[ids] += rows_dec
+        g_enc[ids] += rows_enc
+    g_dec.addcmul_(torch.linalg.vecdot(g_dec, W_dec).unsqueeze(1), W_dec, value=-1)
+    row_adam_(W_dec, m_dec, v_dec, g_dec, unit_norm=True, **adam)
+    row_adam_(W_enc, m_enc, v_enc, g_enc, unit_norm=False, **adam)
+    return torch.linalg.vecdot(g_dec, g_dec) + torch.linalg.vecdot(g_enc, g_enc)

@@ -198,3 +198,22 @@ def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=Non
     w.sub_(lr * (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + eps))
     if unit_norm:
         w.div_(w.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12))
+
+
+def segment_adam_(
+    csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, *, extra=None, **adam
+) -> Tensor:
+    """Both weight gradients, `extra` = (ids, rows of W_dec, rows of W_enc) added, and Adam on both matrices, in place.
+
+    Returns the squared norm of row f of both gradients together, the decoder's without its part along W_dec.
+    """
+    g_dec, _ = segment_sum(csc, coef_dec_N, residual_BD)
+    g_enc, _ = segment_sum(csc, coef_enc_N, x_BD)
+    if extra is not None:
+        ids, rows_dec, rows_enc = extra
+        g_dec[ids] += rows_dec
+        g_enc[ids] += rows_enc
+    g_dec -= (g_dec * W_dec).sum(1, keepdim=True) * W_dec
+    row_adam_(W_dec, m_dec, v_dec, g_dec, unit_norm=True, **adam)
+    row_adam_(W_enc, m_enc, v_enc, g_enc, unit_norm=False, **adam)
+    return g_dec.square().sum(1) + g_enc.square().sum(1)

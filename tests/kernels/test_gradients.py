@@ -16,7 +16,9 @@ from saekit_kernels import (
     cpu,
     decode_residual_value_grad,
     encode_select,
+    feature_sums,
     row_adam_,
+    segment_adam_,
     segment_weight_grads,
     using,
 )
@@ -44,9 +46,7 @@ def test_csc_by_hand(path):
 
 
 @every_path
-@pytest.mark.parametrize("csr_bytes", [0, 1 << 23], ids=["csr", "embedding_bag"])
-def test_weight_gradients_by_hand(path, csr_bytes, monkeypatch):
-    monkeypatch.setattr(cpu, "CSR_BYTES", csr_bytes)
+def test_weight_gradients_by_hand(path):
     residual = torch.tensor([[1.0, 2], [100, 100], [3, 4]])
     x = torch.tensor([[5.0, 6], [100, 100], [7, 8]])
     # coefficients of empty slots must not matter
@@ -84,6 +84,82 @@ def test_no_firings_give_zero_gradients(path):
     with using(path):
         grads = segment_weight_grads(build_csc(silent), none, torch.ones(2, 3), none, torch.ones(2, 3))
     assert not grads.W_dec_FD.any() and not grads.W_enc_FD.any() and not grads.b_enc_F.any()
+
+
+def fused_case(n_features=90, width=12, batch=40, seed=0):
+    """A step's arguments: codes with empty slots and silent features, AuxK's rows in no order, all of it float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    W_dec, W_enc = torch.nn.functional.normalize(randn(n_features, width), dim=1), randn(n_features, width)
+    codes = encode_select(randn(batch, width), W_enc, randn(n_features) - 3, rule=RowCount(7)).codes
+    assert (codes.values == 0).any() and not codes.fired_F().all()
+    coefs = [randn(*codes.values.shape) for _ in range(2)]
+    ids = torch.randperm(n_features, generator=generator)[:9]
+    extra = ExtraRows(ids, randn(9, width), randn(9, width), randn(9))
+    moments = [(randn(n_features, width), randn(n_features, width).square()) for _ in range(2)]
+    return codes, coefs, (randn(batch, width), randn(batch, width)), (W_dec, W_enc), moments, extra
+
+
+ADAM = {"step": 3, "lr": 0.01, "b1": 0.9, "b2": 0.99, "eps": 1e-6}
+
+
+@every_path
+@pytest.mark.parametrize("with_extra", [True, False])
+@pytest.mark.parametrize("block_bytes", [0, 3 << 20], ids=["blocks of 16", "one block"])
+def test_fused_step_is_gradient_then_adam(path, with_extra, block_bytes, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", block_bytes)
+    codes, (coef_dec, coef_enc), (residual, x), weights, moments, extra = fused_case()
+    extra = extra if with_extra else None
+
+    # truth: dense products in float64, Adam as torch has it
+    g_dec = codes.with_values(torch.where(codes.values != 0, coef_dec, 0)).dense().T @ residual
+    g_enc = codes.with_values(torch.where(codes.values != 0, coef_enc, 0)).dense().T @ x
+    if extra is not None:
+        g_dec[extra.ids_A] += extra.W_dec_AD
+        g_enc[extra.ids_A] += extra.W_enc_AD
+    g_dec -= (g_dec * weights[0]).sum(1, keepdim=True) * weights[0]
+    wanted = []
+    for w, g, (m, v), unit in zip(weights, (g_dec, g_enc), moments, (True, False), strict=True):
+        leaf = torch.nn.Parameter(w.clone())
+        adam = torch.optim.Adam([leaf], lr=0.01, betas=(0.9, 0.99), eps=1e-6)
+        adam.state[leaf] = {"step": torch.tensor(2.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+        leaf.grad = g
+        adam.step()
+        done = leaf.detach()
+        wanted.append(done / done.norm(dim=1, keepdim=True) if unit else done)
+    wanted_sq = g_dec.square().sum(1) + g_enc.square().sum(1)
+
+    dtype = torch.float64 if path == "reference" else torch.float32
+    (W_dec, W_enc), (dec, enc) = (
+        tuple(w.to(dtype, copy=True) for w in weights),
+        [tuple(t.to(dtype, copy=True) for t in pair) for pair in moments],
+    )
+    narrow = [t.to(dtype) for t in (coef_dec, residual, coef_enc, x)]
+    if extra is not None:
+        extra = ExtraRows(extra.ids_A, *(t.to(dtype) for t in extra[1:]))
+    with using(path):
+        csc = build_csc(codes.with_values(codes.values.to(dtype)))
+        row_sq = segment_adam_(csc, *narrow, W_dec, W_enc, dec, enc, extra=extra, **ADAM)
+        sums = feature_sums(csc, narrow[2])
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if path == "reference" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(W_dec.double(), wanted[0], **tolerance)
+    torch.testing.assert_close(W_enc.double(), wanted[1], **tolerance)
+    torch.testing.assert_close(row_sq.double(), wanted_sq, **tolerance)
+    dense_enc = codes.with_values(torch.where(codes.values != 0, coef_enc, 0)).dense()
+    torch.testing.assert_close(sums.double(), dense_enc.sum(0), **tolerance)
+    assert not torch.equal(dec[0].double(), moments[0][0]), "Adam's moments are updated in place"
+
+
+def test_fused_step_refusals():
+    codes, (coef_dec, coef_enc), (residual, x), (W_dec, W_enc), (dec, enc), _ = fused_case()
+    csc = build_csc(codes)
+    with pytest.raises(ValueError, match="coef_dec has 3 entries for 280 slots"):
+        segment_adam_(csc, coef_dec.flatten()[:3], residual, coef_enc, x, W_dec, W_enc, dec, enc, **ADAM)
+    with pytest.raises(ValueError, match=r"W_enc has shape \(89, 12\), expected \(90, 12\)"):
+        segment_adam_(csc, coef_dec, residual, coef_enc, x, W_dec, W_enc[1:], dec, enc, **ADAM)
 
 
 def test_weight_gradient_refusals():
