@@ -9,7 +9,7 @@ B tokens of this rank's micro-batch · D width · F features · N slots · A fea
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +18,14 @@ from saekit_kernels import (
     Codes,
     ColumnCount,
     Csc,
+    ExtraRows,
     RowCount,
     Rule,
     Threshold,
     aux_decode,
     build_csc,
     decode_residual_value_grad,
+    feature_sums,
     pair_dots,
     segment_weight_grads,
 )
@@ -45,10 +47,46 @@ class Found:
     named: dict[str, Tensor]
     """Losses by name, weighted, not yet times `share`."""
     gradients: dict[str, Tensor]
-    """By parameter, times `share`; before the decoder's projection."""
+    """By parameter, times `share`; before the decoder's projection. W_dec and W_enc may be missing: see `segments`."""
     out: Step
     extra: dict[str, Tensor]
     """Further numbers for the log."""
+    segments: list["Segment"] = field(default_factory=list)
+    """What is to be added to the gradients of W_dec and W_enc, not summed yet; one after the other they hold every feature."""
+
+
+@dataclass
+class Segment:
+    """Gradients of the rows first to last − 1 of both matrices as sums over firings, and those of the features that AuxK trains."""
+
+    first: int
+    last: int
+    csc: Csc
+    coef_dec_N: Tensor
+    residual_BD: Tensor
+    coef_enc_N: Tensor
+    centred_BD: Tensor
+    aux: ExtraRows | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def sums(self) -> tuple[Csc, Tensor, Tensor, Tensor, Tensor]:
+        """What `segment_weight_grads` and `segment_adam_` begin with."""
+        return self.csc, self.coef_dec_N, self.residual_BD, self.coef_enc_N, self.centred_BD
+
+
+def add_up(found: Found, W_dec_FD: Tensor, W_enc_FD: Tensor) -> None:
+    """Writes the gradients of both matrices into these two buffers, whole, and empties `segments`."""
+    for segment in found.segments:
+        segment_weight_grads(*segment.sums, extra=segment.aux, out=(W_dec_FD[segment.rows], W_enc_FD[segment.rows]))
+    for name, whole in (("W_dec", W_dec_FD), ("W_enc", W_enc_FD)) if found.segments else ():
+        if name in found.gradients:
+            whole += found.gradients[name]
+        found.gradients[name] = whole
+    found.segments = []
 
 
 def selected(trainer: "Trainer", x_BD: Tensor, rule: Rule, ranks: Ranks, *, csc: bool):
@@ -132,30 +170,45 @@ def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, rule: Rule, share: floa
         leaf_grads = {n: g for n, g in zip(graph, found_grads[1:], strict=True) if g is not None}
         named |= {name: loss.detach() for name, loss in more.items()}
 
-    g_dec, g_enc = trainer.gradient_buffers()
-    gradients = {"W_dec": g_dec, "W_enc": g_enc, "b_enc": torch.empty_like(p["b_enc"])}
-    centred = x_BD - p["b_dec"]
+    gradients = dict(leaf_grads)
+    centred_BD = x_BD - p["b_dec"]
+    aux = _aux(trainer, x_BD, residual_BD, share, named)
+    segments, b_enc_F = [], []
     for part in parts:
-        at_part = slice(part.first, part.last)
-        wanted = slice(None) if part.slots is None else part.slots
-        grads = segment_weight_grads(
+        slots = slice(None) if part.slots is None else part.slots
+        segment = Segment(
+            part.first,
+            part.last,
             part.csc,
-            codes.values[wanted] * slope,
+            codes.values[slots] * slope,
             part.residual_BD,
-            g_pre[wanted],
-            centred,
-            out=(g_dec[at_part], g_enc[at_part]),
+            g_pre[slots],
+            centred_BD,
+            None,
         )
-        gradients["b_enc"][at_part] = grads.b_enc_F
-    gradients["b_dec"] = parts[0].residual_BD.sum(0) * slope
-    # through x − b_dec
-    gradients["b_dec"] -= gradients["b_enc"] @ p["W_enc"]
-    _add_aux(trainer, x_BD, residual_BD, share, named, gradients)
-    for name, g in leaf_grads.items():
-        gradients[name] = gradients[name].add_(g) if name in gradients else g
-    for name in p.keys() - gradients.keys():
+        if aux is not None:
+            segment.aux = _between(aux, part.first, part.last)
+        segments.append(segment)
+        b_enc_F.append(feature_sums(part.csc, g_pre[slots]))
+    _add(gradients, "b_enc", torch.cat(b_enc_F))
+    # the second term goes through x − b_dec
+    _add(gradients, "b_dec", parts[0].residual_BD.sum(0) * slope - torch.cat(b_enc_F) @ p["W_enc"])
+    if aux is not None:
+        gradients["b_enc"][aux.ids_A] += aux.b_enc_A
+        gradients["b_dec"] -= aux.b_enc_A @ p["W_enc"][aux.ids_A]
+    for name in p.keys() - gradients.keys() - {"W_dec", "W_enc"}:
         gradients[name] = torch.zeros_like(p[name])
-    return Found(named, gradients, out, extra)
+    return Found(named, gradients, out, extra, segments)
+
+
+def _add(gradients: dict[str, Tensor], name: str, g: Tensor):
+    gradients[name] = gradients[name] + g if name in gradients else g
+
+
+def _between(aux: ExtraRows, first: int, last: int) -> ExtraRows:
+    """The rows of some features, which count from `first`."""
+    mine = ((aux.ids_A >= first) & (aux.ids_A < last)).nonzero().squeeze(1)
+    return ExtraRows(aux.ids_A[mine] - first, aux.W_dec_AD[mine], aux.W_enc_AD[mine], aux.b_enc_A[mine])
 
 
 @dataclass
@@ -244,7 +297,10 @@ def dense(trainer: "Trainer", x_BD: Tensor, at: Moment, rule: Rule | None, share
     }
     extra |= {"fvu": recs[-1].detach(), **{f"fvu_{n}": r.detach() for n, r in zip(bounds[:-1], recs)}}
     named = {name: loss.detach() for name, loss in named.items()}
-    _add_aux(trainer, x_BD, residual_BD.detach(), share, named, gradients)
+    if (aux := _aux(trainer, x_BD, residual_BD.detach(), share, named)) is not None:
+        for name, rows in (("W_dec", aux.W_dec_AD), ("W_enc", aux.W_enc_AD), ("b_enc", aux.b_enc_A)):
+            gradients[name][aux.ids_A] += rows
+        gradients["b_dec"] -= aux.b_enc_A @ trainer.parameters()["W_enc"][aux.ids_A]
     return Found(named, gradients, out, extra)
 
 
@@ -258,12 +314,11 @@ def _mask(trainer: "Trainer", x_BD: Tensor, pre_BF: Tensor, rule: Rule):
     return found.codes.dense() != 0, found.threshold, unspent(rule, found)
 
 
-def _add_aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict, gradients: dict):
-    """AuxK on copies of the rows it trains: its loss, and its gradients added to these rows and to b_dec, which it reaches
-    through x − b_dec."""
+def _aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict) -> ExtraRows | None:
+    """AuxK on copies of the rows it trains: its loss, and their gradients. It reaches b_dec through x − b_dec."""
     ids, weight = trainer.aux_ids, getattr(trainer.variant, "aux", 0.0)
     if not weight or not len(ids):
-        return
+        return None
     p = trainer.parameters()
     W_enc, W_dec, b_enc = (p[name][ids].requires_grad_() for name in ("W_enc", "W_dec", "b_enc"))
     k_aux = min(getattr(trainer.variant, "k_aux", None) or trainer.d_model // 2, len(ids))
@@ -274,8 +329,6 @@ def _add_aux(trainer: "Trainer", x_BD, residual_BD, share: float, named: dict, g
         )
         loss = weight * losses.auxk(residual_BD, y_BD, trainer.ranks)
         part = loss * share
-    grads = torch.autograd.grad(part, (W_enc, W_dec, b_enc))
-    for name, g in zip(("W_enc", "W_dec", "b_enc"), grads, strict=True):
-        gradients[name][ids] += g
-    gradients["b_dec"] -= grads[2] @ p["W_enc"][ids]
     named["aux"] = loss.detach()
+    W_dec_AD, W_enc_AD, b_enc_A = torch.autograd.grad(part, (W_dec, W_enc, b_enc))
+    return ExtraRows(ids, W_dec_AD, W_enc_AD, b_enc_A)

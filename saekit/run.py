@@ -246,7 +246,7 @@ class Run:
             name = f"{job.out.name}: " if len(plan.jobs) > 1 else ""
             Progress.say(
                 f"{name}{job.variant.name} on {plan.site}: {trainer.d_sae:,} features of width {trainer.d_model}, "
-                f"{learner.parameters:,} parameters ({human_bytes(sum(bytes_of.values()))} with gradients and Adam)"
+                f"{learner.parameters:,} parameters ({human_bytes(sum(bytes_of.values()))} with {'gradients and Adam' if bytes_of['gradients'] else 'Adam'})"
             )
         unread = plan.rows_wanted - plan.steps * self.options.batch
         Progress.say(

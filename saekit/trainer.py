@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from saekit_kernels import Codes, RowCount, RowMass, Rule, Threshold, Workspace, row_adam_
+from saekit_kernels import Codes, RowCount, RowMass, Rule, Threshold, Workspace, row_adam_, segment_adam_
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -152,10 +152,7 @@ class Trainer:
             place[name] = tensor.detach().to(self.device)
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
         self.averages = {name: torch.zeros_like(p) for name, p in self._parameters.items()} if variant.ema else {}
-        # kept for the life of the run: fresh buffers of this size cost their page faults in every step
         self.workspace = Workspace()
-        self._gradients = (torch.empty_like(W_dec), torch.empty_like(W_dec))
-        self._partial = (torch.empty_like(W_dec), torch.empty_like(W_dec)) if micro_batches > 1 else None
         self._accumulating = False
         # of the step in hand: rows of this rank, the first of the micro-batch among them, normals drawn for them
         self._rows, self._first_row = 0, 0
@@ -197,6 +194,12 @@ class Trainer:
     def b_dec(self) -> Tensor:
         return self._parameters["b_dec"]
 
+    @property
+    def gradients_stay_in_blocks(self) -> bool:
+        """Whether the gradients of W_enc and W_dec are used up row by row, and never whole in memory."""
+        whole = self.micro_batches > 1 or self.ranks.size > 1 or self.variant.clip is not None
+        return not (whole or self.variant.dense)
+
     def nbytes(self) -> dict[str, int]:
         """Bytes held between steps, by kind."""
 
@@ -205,7 +208,7 @@ class Trainer:
 
         return {
             "weights": size([*self._parameters.values(), *self.averages.values()]),
-            "gradients": size([*self._gradients, *(self._partial or ())]),
+            "gradients": 0 if self.gradients_stay_in_blocks else 2 * size([self.W_enc]) * min(2, self.micro_batches),
             "adam": size(t for pair in self.moments.values() for t in pair),
             "buffers": size([*self.buffers.values(), self.idle_F]),
         }
@@ -287,6 +290,8 @@ class Trainer:
             for total, values in ((named, found.named), (extra, found.extra)):
                 for name, value in values.items():
                     total[name] = total.get(name, 0) + value * share
+            if not self.gradients_stay_in_blocks or found.gradients.keys() & {"W_dec", "W_enc"}:
+                backward.add_up(found, *self._gradient_buffers())
             gradients = found.gradients if i == 0 else {n: gradients[n].add_(g) for n, g in found.gradients.items()}
             firings_F += found.out.firings_F
             if found.out.threshold is not None:
@@ -294,8 +299,8 @@ class Trainer:
 
         loss = sum(named.values(), torch.zeros((), device=self.device))
         self.ranks.mean_([*gradients.values(), loss])
-        grad_norm = self._descend(gradients)
-        self._notice(loss, grad_norm, gradients["W_dec"])
+        grad_norm, sq_F = self._descend(gradients, found.segments)
+        self._notice(loss, grad_norm, sq_F)
         out = found.out
         out.moment, out.firings_F = out.moment._replace(x_BD=x_BD, rows=rows), firings_F
         out.threshold = _mean_of_kept(torch.stack(bars)) if bars else None
@@ -321,9 +326,11 @@ class Trainer:
             if self.ranks.rank == 0:
                 Progress.say(line)
 
-    def gradient_buffers(self) -> tuple[Tensor, Tensor]:
-        """(F, D) for W_dec and W_enc, to be written whole."""
-        return self._partial if self._accumulating and self._partial is not None else self._gradients
+    def _gradient_buffers(self) -> tuple[Tensor, Tensor]:
+        """(F, D) for W_dec and W_enc, to be written whole; kept, since fresh ones cost their page faults in every step."""
+        kind, shape = "part" if self._accumulating else "sum", (self.d_sae, self.d_model)
+        dec, enc = (self.workspace.get(f"gradient {name}, {kind}", shape, self.W_dec) for name in ("W_dec", "W_enc"))
+        return dec, enc
 
     def out(self, slots: Slots, at: Moment, parameters: dict[str, Tensor]) -> Step:
         return Step(slots, at, parameters, self.total_variance, self.dead_after, self._draw, self._mean_over_ranks)
@@ -354,31 +361,44 @@ class Trainer:
             self.aux_ids = wanted_F.nonzero().squeeze(1)
             self.aux_under = torch.zeros_like(dead_F)[self.aux_ids] if under_F is None else under_F[self.aux_ids]
 
-    def _descend(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Projection, clipping, Adam; returns the norm before clipping."""
-        g_dec = gradients["W_dec"]
-        g_dec.addcmul_(torch.linalg.vecdot(g_dec, self.W_dec)[:, None], self.W_dec, value=-1)
-        grad_norm = (
-            torch.stack([g.square().sum() if g.ndim == 1 else _square(g) for g in gradients.values()]).sum().sqrt()
-        )
-        if self.variant.clip is not None:
-            shrink = (self.variant.clip / grad_norm.clamp_min(1e-30)).clamp_max(1.0)
-            for g in gradients.values():
-                g *= shrink
+    def _descend(self, gradients: dict[str, Tensor], segments: list[backward.Segment]) -> tuple[Tensor, Tensor]:
+        """Projection, clipping, Adam. Returns the norm before clipping and, by feature, the square of its gradients' norm."""
         assert self.lr is not None, "_begin() fixes it before the first update"
         lr = self.lr * optim.lr_scale(self.step_count, self.steps)
         b1, b2 = self.variant.betas
-        for name, w in self._parameters.items():
-            m, v = self.moments[name]
-            w, m, v, g = (t if t.ndim == 2 else t[None] for t in (w, m, v, gradients[name]))
-            row_adam_(
-                w, m, v, g, step=self.step_count + 1, lr=lr, b1=b1, b2=b2, eps=optim.EPS, unit_norm=name == "W_dec"
-            )
-        return grad_norm
+        adam = {"step": self.step_count + 1, "lr": lr, "b1": b1, "b2": b2, "eps": optim.EPS}
+        if segments:
+            sq_F = torch.empty_like(self.b_enc)
+            for segment in segments:
+                rows = segment.rows
+                m_dec, v_dec, m_enc, v_enc = (t[rows] for name in ("W_dec", "W_enc") for t in self.moments[name])
+                sq_F[rows] = segment_adam_(
+                    *segment.sums,
+                    self.W_dec[rows],
+                    self.W_enc[rows],
+                    (m_dec, v_dec),
+                    (m_enc, v_enc),
+                    extra=segment.aux,
+                    **adam,
+                )
+        else:
+            g_dec = gradients["W_dec"]
+            g_dec.addcmul_(torch.linalg.vecdot(g_dec, self.W_dec)[:, None], self.W_dec, value=-1)
+            # row by row: a matrix of 75 MB and its squares do not fit a cache
+            sq_F = torch.linalg.vecdot(g_dec, g_dec) + torch.linalg.vecdot(gradients["W_enc"], gradients["W_enc"])
+        others = {name: g for name, g in gradients.items() if name not in ("W_dec", "W_enc")}
+        grad_norm = torch.stack([sq_F.sum(), *(g.square().sum() for g in others.values())]).sum().sqrt()
+        shrink = None
+        if self.variant.clip is not None:
+            shrink = (self.variant.clip / grad_norm.clamp_min(1e-30)).clamp_max(1.0)
+        for name, g in (others if segments else gradients).items():
+            w, m, v, g = (t if t.ndim == 2 else t[None] for t in (self._parameters[name], *self.moments[name], g))
+            row_adam_(w, m, v, g, unit_norm=name == "W_dec", grad_scale=shrink, **adam)
+        return grad_norm, sq_F
 
-    def _notice(self, loss: Tensor, grad_norm: Tensor, g_dec: Tensor):
+    def _notice(self, loss: Tensor, grad_norm: Tensor, sq_F: Tensor):
         """A sticky flag on the device: the first step whose loss or gradient is not finite, and the first feature of it."""
-        good, bad_F = torch.isfinite(loss) & torch.isfinite(grad_norm), ~g_dec[:, 0].isfinite()
+        good, bad_F = torch.isfinite(loss) & torch.isfinite(grad_norm), ~sq_F.isfinite()
         feature = torch.where(bad_F.any(), bad_F.to(torch.int8).argmax(), -1)
         found = torch.stack([torch.full_like(feature, self.step_count), feature])
         self.bad = torch.where((self.bad[0] < 0) & ~good, found, self.bad)
@@ -483,11 +503,6 @@ class Trainer:
         self.logged_steps, self.fitted, self.rebuild_every = (
             values[k] for k in ("logged_steps", "fitted", "rebuild_every")
         )
-
-
-def _square(g_FD: Tensor) -> Tensor:
-    """‖g‖², row by row: a matrix of 75 MB and its squares do not fit a cache."""
-    return torch.linalg.vecdot(g_FD, g_FD).sum()
 
 
 def _mean_of_kept(bars: Tensor) -> Tensor:

@@ -47,6 +47,37 @@ def nan_in_fresh_memory_one_thread_one_seed():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def captured_step(monkeypatch):
+    """`captured_step(trainer, raw_BD)`: the losses of a step, and the gradients that it hands to Adam; nothing moves."""
+    import torch
+    from saekit_kernels import segment_weight_grads
+
+    def run(trainer, raw_BD):
+        seen, parameters = {}, trainer.parameters()
+        names = {p.data_ptr(): name for name, p in parameters.items()}
+
+        def rows(w, m, v, g, *, grad_scale=None, **_):
+            seen[names[w.data_ptr()]] = g * (1 if grad_scale is None else grad_scale)
+
+        def segments(*sums_and_matrices, extra, **_):
+            *sums, W_dec, W_enc, _, _ = sums_and_matrices
+            grads = segment_weight_grads(*sums, extra=extra, project_onto=W_dec)
+            for name, part, g in (("W_dec", W_dec, grads.W_dec_FD), ("W_enc", W_enc, grads.W_enc_FD)):
+                whole = seen.setdefault(name, torch.full_like(parameters[name], torch.nan))
+                first = (part.data_ptr() - parameters[name].data_ptr()) // (4 * g.shape[1])
+                whole[first : first + len(g)] = g
+            return grads.row_sq_F
+
+        with monkeypatch.context() as patch:
+            patch.setattr("saekit.trainer.row_adam_", rows)
+            patch.setattr("saekit.trainer.segment_adam_", segments)
+            named = trainer.step(raw_BD)
+        return named, {name: g.view_as(parameters[name]) for name, g in seen.items()}
+
+    return run
+
+
 def make_tiny_model(folder: Path, *, layers: int = 2, width: int = 64, seed: int = 0, **config) -> Path:
     """A random Llama with a byte-level tokenizer of 300 ids (BOS 0, EOS 1), weights scaled up so that it has opinions."""
     import torch

