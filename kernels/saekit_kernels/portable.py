@@ -19,6 +19,8 @@ from saekit_kernels.reference import Csc, Selected, batch_hint, keys, ranks
 from saekit_kernels.rules import BatchCount, ColumnCount, RowCount, RowMass, Rule, Threshold
 
 NAN_BITS = 0x7FC00000  # above the bits of +inf
+# rows by which `row_mass` guesses how many of a row's largest keys it needs
+ROW_MASS_SAMPLE = 16
 
 
 class Workspace:
@@ -242,29 +244,61 @@ def column_count(encoder: Encoder, rule: ColumnCount, key: str, scale_F: Tensor 
 
 
 def row_mass(encoder: Encoder, rule: RowMass, key: str, scale_F: Tensor | None) -> Selected:
-    """Sorts every row; keeps the prefix whose norm is nearest to t: the first to reach it, or the one before."""
-    x_BD, n_features = encoder.x_BD, len(encoder.W_enc_FD)
+    """Per row the prefix of the order whose norm is nearest to t, from the row's largest keys: twice as many as the longest
+    prefix among a few rows. A row that these do not decide is sorted whole."""
+    x_BD, n_features, n_largest = encoder.x_BD, len(encoder.W_enc_FD), 0
     empty = torch.empty(0, device=x_BD.device)
     places, values = [empty.long()], [empty]
     for lo, pre in encoder.blocks():
-        bits = key_bits(pre, key, scale_F)
-        sorted_bits, order = torch.sort(bits, dim=1, descending=True, stable=True)
-        sorted_key = sorted_bits.view(torch.float32)
-        mass = sorted_key.double().square_().cumsum_(1)
-        t = rule.t_B[lo : lo + len(pre)].to(mass)[:, None]
-        count = (sorted_bits > 0).sum(1, keepdim=True)
-        n = (mass < t.square()).sum(1, keepdim=True) + 1
-        n = torch.where(t > 0, n, 1).minimum(count).clamp_(min=1)
-        reached = (mass.gather(1, n - 1).sqrt_() - t).abs_()
-        before = (mass.gather(1, (n - 2).clamp_(min=0)).sqrt_() - t).abs_()
-        # a row that never reaches t keeps every positive key
-        n = torch.where((n > 1) & (before <= reached) & (mass[:, -1:] >= t.square()), n - 1, n)
-        kept = torch.zeros_like(bits, dtype=torch.bool)
-        kept.scatter_(1, order, torch.arange(n_features, device=pre.device) < n.minimum(count))
+        t_B = rule.t_B[lo : lo + len(pre)]
+        if not n_largest:
+            few = slice(None, None, -(-len(pre) // ROW_MASS_SAMPLE))
+            n_largest = 2 * int(_nearest_prefix(key_bits(pre[few], key, scale_F), t_B[few]).sum(1).amax()) + 8
+        if 4 * n_largest > n_features:
+            kept = _nearest_prefix(key_bits(pre, key, scale_F), t_B)
+        else:
+            kept, open_B = _nearest_of_largest(keys(pre, key, scale_F), t_B, n_largest)
+            if len(rows := open_B.nonzero().squeeze(1)):
+                kept[rows] = _nearest_prefix(key_bits(pre[rows], key, scale_F), t_B[rows])
         flat = kept.view(-1).nonzero().squeeze(1)
         places.append(flat + lo * n_features)
         values.append(pre.view(-1)[flat])
     return Selected(flat_codes(torch.cat(places), torch.cat(values), len(x_BD), n_features))
+
+
+def _nearest_of_largest(ranked: Tensor, t_B: Tensor, n_largest: int) -> tuple[Tensor, Tensor]:
+    """What each row keeps (B, F), decided on its largest keys, and the rows (B) where they do not decide it."""
+    largest = ranked.topk(n_largest, dim=1).values
+    mass = largest.double().square_().cumsum_(1)
+    n, reaches_B = _nearest(mass, (largest > 0).sum(1, keepdim=True), t_B)
+    last = largest.gather(1, n - 1)
+    next_ = largest.gather(1, n.clamp(max=n_largest - 1))
+    # either the norm is reached, or there are no more positive keys; and no key beyond equals the last one
+    decided = (reaches_B | (largest[:, -1:] == 0)) & (n < n_largest) & (next_ < last)
+    # a row without a positive key has a bar of 0, which zeros would equal
+    return ranked >= last.clamp(min=torch.finfo(last.dtype).tiny), (~decided | largest[:, :1].isnan()).squeeze(1)
+
+
+def _nearest_prefix(bits: Tensor, t_B: Tensor) -> Tensor:
+    """What each row keeps (B, F), from a sort of the whole row: exact with ties and NaN."""
+    sorted_bits, order = torch.sort(bits, dim=1, descending=True, stable=True)
+    mass = sorted_bits.view(torch.float32).double().square_().cumsum_(1)
+    count = (sorted_bits > 0).sum(1, keepdim=True)
+    n, _ = _nearest(mass, count, t_B)
+    kept = torch.zeros_like(bits, dtype=torch.bool)
+    return kept.scatter_(1, order, torch.arange(bits.shape[1], device=bits.device) < n.minimum(count))
+
+
+def _nearest(mass: Tensor, count: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    """How many keys (B, 1) have a norm nearest to t, at least 1, and whether (B, 1) they reach t at all: the first n that
+    reaches it, or the one before. A row that never reaches t keeps every positive key."""
+    t = t_B.to(mass)[:, None]
+    reaches = mass[:, -1:] >= t.square()
+    n = (mass < t.square()).sum(1, keepdim=True) + 1
+    n = torch.where(t > 0, n, 1).minimum(count).clamp_(min=1)
+    reached = (mass.gather(1, n - 1).sqrt() - t).abs_()
+    before = (mass.gather(1, (n - 2).clamp_(min=0)).sqrt() - t).abs_()
+    return torch.where((n > 1) & (before <= reached) & reaches, n - 1, n), reaches
 
 
 def threshold(encoder: Encoder, rule: Threshold, key: str, scale_F: Tensor | None) -> Selected:

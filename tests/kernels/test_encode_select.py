@@ -294,6 +294,33 @@ def test_row_mass_against_reference():
         assert_well_formed(got)
 
 
+@pytest.mark.parametrize("key", ["relu", "abs"])
+@pytest.mark.parametrize("first", [0.0, 3.0, 1e9], ids=["too few", "about right", "all"])
+def test_row_mass_whatever_its_guess_is(key, first, monkeypatch):
+    """The first row alone says how many keys are looked at: rows that need more, ties, rows without a positive key, a NaN."""
+    monkeypatch.setattr(portable, "ROW_MASS_SAMPLE", 1)
+    g = torch.Generator().manual_seed(0)
+    pre = torch.randn(40, 300, generator=g)
+    pre[10:20] = (pre[10:20] * 4).round() / 4
+    pre[20] = -pre[20].abs()
+    pre[21] = 1.0
+    pre[22:25] = torch.where(torch.arange(300) < 5, pre[22:25].abs() + 1, -1)
+    pre[25, 7] = float("nan")
+    pre[26, 7] = INF
+    t = torch.linspace(0, 14, 40)
+    t[0] = first
+    calls = []
+    whole = portable._nearest_prefix
+    monkeypatch.setattr(portable, "_nearest_prefix", lambda bits, t_B: calls.append(len(bits)) or whole(bits, t_B))
+    got = encode_pre(pre, "portable", RowMass(t), key=key)
+    want = encode_pre(pre, "reference", RowMass(t), key=key)
+    assert torch.equal(got.codes.indices, want.codes.indices) and torch.equal(got.codes.row_ptr, want.codes.row_ptr)
+    torch.testing.assert_close(got.codes.values, want.codes.values, rtol=0, atol=0, equal_nan=True)
+    # the first row, then those that it does not decide: some, or all where too many keys would be looked at
+    assert calls[0] == 1 and (calls[1:] == [40]) == (first == 1e9) and len(calls) == 2
+    assert first == 1e9 or 0 < calls[1] < 40
+
+
 @pytest.mark.parametrize("path", FLAT_PATHS)
 def test_row_mass_takes_the_fewer_on_a_tie_and_at_least_one(path):
     pre = torch.tensor([[4.0, 3, 0, -1]])
