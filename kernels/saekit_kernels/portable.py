@@ -257,7 +257,9 @@ def row_mass(encoder: Encoder, rule: RowMass, key: str, scale_F: Tensor | None) 
         if 4 * n_largest > n_features:
             kept = _nearest_prefix(key_bits(pre, key, scale_F), t_B)
         else:
-            kept, open_B = _nearest_of_largest(keys(pre, key, scale_F), t_B, n_largest)
+            # a subnormal key counts as 0: the bar lies above all of them
+            ranked = keys(pre, key, scale_F) if scale_F is not None else pre.abs() if key == "abs" else pre
+            kept, open_B = _nearest_of_largest(ranked, t_B, n_largest)
             if len(rows := open_B.nonzero().squeeze(1)):
                 kept[rows] = _nearest_prefix(key_bits(pre[rows], key, scale_F), t_B[rows])
         flat = kept.view(-1).nonzero().squeeze(1)
@@ -268,15 +270,16 @@ def row_mass(encoder: Encoder, rule: RowMass, key: str, scale_F: Tensor | None) 
 
 def _nearest_of_largest(ranked: Tensor, t_B: Tensor, n_largest: int) -> tuple[Tensor, Tensor]:
     """What each row keeps (B, F), decided on its largest keys, and the rows (B) where they do not decide it."""
+    tiny = torch.finfo(ranked.dtype).tiny
     largest = ranked.topk(n_largest, dim=1).values
-    mass = largest.double().square_().cumsum_(1)
-    n, reaches_B = _nearest(mass, (largest > 0).sum(1, keepdim=True), t_B)
+    count = (largest >= tiny).sum(1, keepdim=True)
+    mass = largest.clamp(min=0).double().square_().cumsum_(1)
+    n, reaches_B = _nearest(mass, count, t_B)
     last = largest.gather(1, n - 1)
     next_ = largest.gather(1, n.clamp(max=n_largest - 1))
     # either the norm is reached, or there are no more positive keys; and no key beyond equals the last one
-    decided = (reaches_B | (largest[:, -1:] == 0)) & (n < n_largest) & (next_ < last)
-    # a row without a positive key has a bar of 0, which zeros would equal
-    return ranked >= last.clamp(min=torch.finfo(last.dtype).tiny), (~decided | largest[:, :1].isnan()).squeeze(1)
+    decided = (reaches_B | (count < n_largest)) & (n < n_largest) & ((next_ < last) | (count == 0))
+    return ranked >= last.clamp(min=tiny), (~decided | largest[:, :1].isnan()).squeeze(1)
 
 
 def _nearest_prefix(bits: Tensor, t_B: Tensor) -> Tensor:
