@@ -14,19 +14,20 @@ CONSTANT_WARMUP = 1000
 DECAY_SHARE = 0.2
 
 
-def default_lr(d_sae: int, steps: int | None) -> float:
-    """2e-4·√(2¹⁴/F), times √(32,000/steps) for runs shorter than 32,000 steps, at most 8 times; never above 0.01.
+def default_lr(d_model: int, d_sae: int, steps: int | None) -> float:
+    """2e-4·√(2¹⁴/F)·√(768/D), times √(24,000/steps) for shorter runs, counted as 215 steps at least; never above 0.01.
 
-    The first factor is the rule of the published trainers, made for 10⁴ to 10⁵ steps; a short run needs more. With a few
-    hundred features the rule asks for rates at which many of them die.
+    The first two factors are the rule of the published trainers, made for 10⁴ to 10⁵ steps at a width around 768: a step of
+    Adam moves a unit row by lr·√D. The third, and that it holds over D, come from the sweep in docs/variants.md. With a few
+    hundred features the rule asks for rates at which many of them die, hence the last.
     """
-    boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(32_000 / steps)))
-    return min(0.01, 2e-4 * math.sqrt(2**14 / d_sae) * boost)
+    boost = 1.0 if steps is None else max(1.0, math.sqrt(24_000 / max(steps, 215)))
+    return min(0.01, 2e-4 * math.sqrt(2**14 / d_sae * 768 / d_model) * boost)
 
 
-def learning_rate(variant: Variant, d_sae: int, steps: int | None) -> float:
+def learning_rate(variant: Variant, d_model: int, d_sae: int, steps: int | None) -> float:
     """The variant's own rate, or the rule's."""
-    return default_lr(d_sae, steps) if variant.lr is None else variant.lr
+    return default_lr(d_model, d_sae, steps) if variant.lr is None else variant.lr
 
 
 def lr_scale(step: int, steps: int | None) -> float:

@@ -216,7 +216,7 @@ class Plan:
                 "steps": self.steps,
                 "d_model": trainer.d_model,
                 "micro_batch": self.options.batch // self.options.micro_batches,
-                "lr": learning_rate(trainer.variant, trainer.d_sae, self.steps),
+                "lr": learning_rate(trainer.variant, trainer.d_model, trainer.d_sae, self.steps),
                 "dead_after": trainer.dead_after,
                 "input_scale": trainer.scale,
                 "checkpoint_every": self.checkpoint_every,

@@ -317,7 +317,7 @@ class Trainer:
     def _begin(self, rows: int):
         """What needs the size of a batch."""
         self.steps = None if self.tokens is None else max(1, self.tokens // rows)
-        self.lr = optim.learning_rate(self.variant, self.d_sae, self.steps)
+        self.lr = optim.learning_rate(self.variant, self.d_model, self.d_sae, self.steps)
         # so rarely that nothing waits for the device, so often that a short run revives what dies
         self.rebuild_every = REBUILD_EVERY if self.steps is None else max(1, min(REBUILD_EVERY, self.steps // 100))
         advice = self.variant.advice(self.d_sae, rows // self.micro_batches)

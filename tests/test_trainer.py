@@ -217,10 +217,12 @@ def test_schedule():
     assert optim.lr_scale(900, 1000) == pytest.approx(0.5)
     assert optim.lr_scale(999, 1000) == pytest.approx(1 / 200)
     assert optim.lr_scale(5000, None) == 1.0
-    assert optim.default_lr(2**14, 32_000) == pytest.approx(2e-4)
-    assert optim.default_lr(2**12, 2_000) == pytest.approx(2e-4 * 2 * 4)
-    assert optim.default_lr(2**14, 10) == pytest.approx(2e-4 * 8)
-    assert optim.default_lr(64, 10) == 0.01  # 0.0256 by the rule
+    assert optim.default_lr(768, 2**14, 24_000) == optim.default_lr(768, 2**14, None) == pytest.approx(2e-4)
+    # a quarter of the features, a quarter of the width, a sixteenth of the steps: 2 · 2 · 4
+    assert optim.default_lr(192, 2**12, 1_500) == pytest.approx(2e-4 * 16)
+    # shorter than 215 steps it stays: √(24,000/215) = 10.565
+    assert optim.default_lr(768, 2**14, 10) == pytest.approx(2e-4 * 10.565, rel=1e-4)
+    assert optim.default_lr(64, 64, 10) == 0.01
 
 
 def test_generators_of_different_purposes_share_nothing():

@@ -3,7 +3,7 @@
     python docs/study/learning_rate.py synthetic | saekit:demo | smollm2        [--only 600]
     python docs/study/learning_rate.py table
 
-An arm is (variant, F, k, steps); its rates are a grid of factors 2 around the rule, and all of them see one pass over the data,
+An arm is (variant, F, k, steps); its rates are a grid around the rule, and all of them see one pass over the data,
 in the order of the trainer's own default options. Measured on held-out rows: FVU, L0, features silent there, features on more
 than a tenth of the rows; on synthetic truth also what is recovered. A row per rate goes to docs/study/learning_rate.jsonl at
 once, and arms that stand there are not run again. One seed.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from fetch import CACHE, fetch_english
+from fetch import CACHE, fetch_english, fetch_smollm2
 
 import saekit as sk
 from saekit import optim, synthetic
@@ -43,7 +43,7 @@ ARMS = {
         *(("topk", 2304, 32, steps, BATCH) for steps in (150, 600, 2400)),
     ],
 }
-FACTORS = (0.5, 1, 2, 4)
+FACTORS = (0.5, 1, 2)
 
 
 def source(name: str):
@@ -53,11 +53,8 @@ def source(name: str):
     out = CACHE / name.split(":")[-1] / "acts"
     if not (out / "manifest.json").is_file():
         if name == "smollm2":
-            from smollm2 import smollm2
-
-            sk.collect(
-                smollm2(), site="blocks.15.hook_resid_post", text=str(fetch_english()), tokens=2_750_000, out=out
-            )
+            site, text = "blocks.15.hook_resid_post", str(fetch_english())
+            sk.collect(str(fetch_smollm2()), site=site, text=text, tokens=2_750_000, out=out)
         else:
             sk.collect(name, site="blocks.2.hook_resid_post", text="stdlib", tokens=3_150_000, out=out)
     return sk.open_store(out)
@@ -87,7 +84,7 @@ def run_arm(store, name: str, arm: tuple, factors) -> list[dict]:
     )
     cls = VARIANTS[variant]
     own = {"k": k} if "k" in cls.__dataclass_fields__ else {"l0": k} if "l0" in cls.__dataclass_fields__ else {}
-    rule = optim.default_lr(F, steps)
+    rule = optim.default_lr(store.d(site), F, steps)
     trainers = [
         Trainer(
             cls(d_sae=F, lr=rule * factor, **own),
@@ -125,12 +122,12 @@ def run_arm(store, name: str, arm: tuple, factors) -> list[dict]:
         record = {
             "source": name,
             "variant": variant,
+            "D": store.d(site),
             "F": F,
             "k": k,
             "steps": steps,
             "batch": batch,
             "lr": rule * factor,
-            "factor": factor,
             "fvu": error / (x_ND - x_ND.mean(0)).square().sum().item(),
             "l0": l0 / n,
             "silent": (fired_F == 0).double().mean().item(),
@@ -157,7 +154,8 @@ def table():
         best = min(r["fvu"] for r in rows)
         for r in rows:
             print(
-                f"| {r['source']} | {r['variant']} | {r['F']:,} | {r['k']} | {r['steps']:,} | {r['lr']:.2g} | {r['factor']:g} | "
+                f"| {r['source']} | {r['variant']} | {r['F']:,} | {r['k']} | {r['steps']:,} | {r['lr']:.2g} | "
+                f"{r['lr'] / optim.default_lr(r['D'], r['F'], r['steps']):.2f} | "
                 f"{r['fvu']:.4f} | {r['fvu'] / best:.3f} | {r['l0']:.1f} | {r['silent']:.1%} | {r['dense_10']:.2%} | "
                 + (f"{r['mcc']:.3f} |" if "mcc" in r else "|")
             )
@@ -177,10 +175,9 @@ def main():
         if args.only not in str(arm)[1:-1].replace("'", ""):
             continue
         key = (args.what, *arm)
-        there = {
-            r["factor"] for r in done if tuple(r[k] for k in ("source", "variant", "F", "k", "steps", "batch")) == key
-        }
-        factors = [f for f in args.factors if f not in there]
+        same = [r for r in done if tuple(r[k] for k in ("source", "variant", "F", "k", "steps", "batch")) == key]
+        rule = optim.default_lr(store.d(store.sites[0]), *(arm[i] for i in (1, 3)))
+        factors = [f for f in args.factors if not any(abs(r["lr"] / (f * rule) - 1) < 0.05 for r in same)]
         if not factors:
             continue
         for record in run_arm(store, args.what, arm, factors):
