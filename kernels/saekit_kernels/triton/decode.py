@@ -27,7 +27,7 @@ WHOLE = {
     torch.bfloat16: {32: (256, 4), 64: (256, 8), 128: (128, 8), 256: (64, 8)},
 }
 # Chunks of slots, for flat codes and longer rows: (KP, BD, warps)
-CHUNKS = {torch.float32: (32, 128, 4), torch.bfloat16: (32, 256, 4)}
+CHUNKS = {torch.float32: (32, 128, 4), torch.bfloat16: (32, 256, 8)}
 ADD_BLOCK, ADD_WARPS = 512, 4
 
 
@@ -142,7 +142,7 @@ def _add_slices(part_N_ptr, part_B_ptr, out_N_ptr, out_B_ptr, N, B, S, BLOCK: tl
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_N, in_B = at < N, (at >= N) & (at < N + B)
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(S):
+    for _ in range(S):
         total += tl.load(part_N_ptr + at, mask=in_N, other=0.0) + tl.load(part_B_ptr + at - N, mask=in_B, other=0.0)
         part_N_ptr += N
         part_B_ptr += B
@@ -241,7 +241,7 @@ def _shipped() -> list[Shipped]:
     for dtype, name in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
         codes = {"values_ptr": "*fp32", "indices_ptr": "*i32"}
         rows = {"row_ptr": "*i32"}
-        out = {n: "*fp32" for n in ("b_ptr", "target_ptr", "residual_ptr", "sq_ptr", "dv_ptr")}
+        out = dict.fromkeys(("b_ptr", "target_ptr", "residual_ptr", "sq_ptr", "dv_ptr"), "*fp32")
         for KP, (BD, warps) in WHOLE[dtype].items():
             types = {**codes, "W_ptr": name, **out, "B": "i32", "K": "i32", "D": "i32"}
             shipped.append(Shipped(_residual_whole, types, {"KP": KP, "BD": BD}, warps, gather=True, ragged=("K",)))
@@ -262,7 +262,7 @@ def _shipped() -> list[Shipped]:
             "D": "i32",
         }
         shipped.append(Shipped(_dots, types, constants, warps, gather=True, ragged=("N", "K")))
-    types = {n: "*fp32" for n in ("part_N_ptr", "part_B_ptr", "out_N_ptr", "out_B_ptr")}
+    types = dict.fromkeys(("part_N_ptr", "part_B_ptr", "out_N_ptr", "out_B_ptr"), "*fp32")
     types |= {"N": "i32", "B": "i32", "S": "i32"}
     return [*shipped, Shipped(_add_slices, types, {"BLOCK": ADD_BLOCK}, ADD_WARPS, ragged=("N", "B", "S"))]
 

@@ -15,6 +15,9 @@ adds up a long one alone:
 3. A segment longer than LONG pairs, if it is among the HEAVY longest (ties: the first feature), skips both. Its coefficients
    are scattered into a row of a (HEAVY, B) matrix, and one dense product makes these features' gradients.
 
+The dense product multiplies every row of the batch, so a NaN in one of them reaches all heavy features; the loss is NaN then.
+The sums of windows take N · D / 16 bytes for the time of the call.
+
 No step of this needs a number on the host. The grid of windows is N / WINDOW, whole or not; a segment has at most B pairs, so
 B ≤ LONG says beforehand that there is nothing for 3; and where B is larger the product always has HEAVY rows, those that no
 feature needs being zeros. (Waiting for the longest segment would stall the queue of kernels once per step.)
@@ -86,10 +89,11 @@ def _segment(
     h = tl.load(heavy_ptr + f).to(tl.int64)
     # a heavy feature's row is there already: nothing is left of its segment
     end = tl.where(h >= 0, first, end)
-    mask = (column < D) & (h >= 0)
+    # (the interpreter takes no mask that was a scalar once)
+    there = column < tl.where(h >= 0, D, 0)
     if TWO:
-        g_dec += tl.load(heavy_dec_ptr + h * D + column, mask=mask, other=0.0)
-    g_enc += tl.load(heavy_enc_ptr + h * D + column, mask=mask, other=0.0)
+        g_dec += tl.load(heavy_dec_ptr + h * D + column, mask=there, other=0.0)
+    g_enc += tl.load(heavy_enc_ptr + h * D + column, mask=there, other=0.0)
     total = tl.load(heavy_total_ptr + h, mask=h >= 0, other=0.0)
 
     first_window, last_window = (first + WINDOW - 1) // WINDOW, end // WINDOW
@@ -100,12 +104,13 @@ def _segment(
         g_dec, g_enc, total, first, head, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr,
         column, D, TWO, CH,
     )  # fmt: skip
+    place = first_window.to(tl.int64) * D + column
     for j in range(first_window, last_window):
-        place = j.to(tl.int64) * D + column
         if TWO:
             g_dec += tl.load(part_dec_ptr + place, mask=column < D, other=0.0)
         g_enc += tl.load(part_enc_ptr + place, mask=column < D, other=0.0)
         total += tl.load(part_total_ptr + j)
+        place += D
     return _add_pairs(
         g_dec, g_enc, total, tail, end, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr,
         column, D, TWO, CH,
@@ -114,26 +119,20 @@ def _segment(
 
 @triton.jit
 def _windows(
-    ptr_ptr, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr, heavy_ptr,
-    part_dec_ptr, part_enc_ptr, part_total_ptr, F, D,
+    ptr_ptr, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr, heavy_ptr, feature_ptr,
+    part_dec_ptr, part_enc_ptr, part_total_ptr, D,
     TWO: tl.constexpr, WINDOW: tl.constexpr, CH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the pairs of window j, if they all belong to one feature and it is not heavy."""
+    """Sums of the pairs of window j, if they all belong to the feature of its first one and it is not heavy."""
     j, s = tl.program_id(0), tl.program_id(1)
     lo = j * WINDOW
-    # the feature of pair lo: the last f with ptr[f] <= lo, by halves
-    f, above = 0 * j, 0 * j + F
-    while above - f > 1:
-        middle = (f + above) // 2
-        left = tl.load(ptr_ptr + middle) > lo
-        above = tl.where(left, middle, above)
-        f = tl.where(left, f, middle)
+    f = tl.load(feature_ptr + j)
     if (tl.load(ptr_ptr + f + 1) >= lo + WINDOW) & (tl.load(heavy_ptr + f) < 0):
         column = s * BD + tl.arange(0, BD)
         zeros = tl.zeros((BD,), tl.float32)
         g_dec, g_enc, total = _add_pairs(
-            zeros, zeros, tl.full((), 0.0, tl.float32), lo, lo + WINDOW, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr,
-            column, D, TWO, CH,
+            zeros, zeros, tl.full((), 0.0, tl.float32), lo, lo + WINDOW, pair_ptr, token_ptr,
+            coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr, column, D, TWO, CH,
         )  # fmt: skip
         place = j.to(tl.int64) * D + column
         if TWO:
@@ -179,8 +178,9 @@ def _segment_adam(
     column = tl.arange(0, BD)
     mask = column < D
     a = tl.load(extra_ptr + f).to(tl.int64)
-    g_dec = tl.load(extra_dec_ptr + a * D + column, mask=mask & (a >= 0), other=0.0)
-    g_enc = tl.load(extra_enc_ptr + a * D + column, mask=mask & (a >= 0), other=0.0)
+    there = column < tl.where(a >= 0, D, 0)
+    g_dec = tl.load(extra_dec_ptr + a * D + column, mask=there, other=0.0)
+    g_enc = tl.load(extra_enc_ptr + a * D + column, mask=there, other=0.0)
     g_dec, g_enc, _ = _segment(
         g_dec, g_enc, f, ptr_ptr, pair_ptr, token_ptr, coef_dec_ptr, residual_ptr, coef_enc_ptr, x_ptr,
         heavy_ptr, heavy_dec_ptr, heavy_enc_ptr, heavy_total_ptr, part_dec_ptr, part_enc_ptr, part_total_ptr, column, D,
@@ -192,14 +192,14 @@ def _segment_adam(
     g_dec = without_component(g_dec, w)
     tl.store(row_sq_ptr + f, tl.sum(g_dec * g_dec + g_enc * g_enc, 0))
     m = tl.load(m_dec_ptr + place, mask=mask, other=0.0)
-    v = tl.load(v_dec_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_dec_ptr + place, mask=mask, other=1.0)
     w, m, v = adam(g_dec, w, m, v, rate, correction, b1, b2, rest1, rest2, eps)
     tl.store(W_dec_ptr + place, of_norm_1(w), mask=mask)
     tl.store(m_dec_ptr + place, m, mask=mask)
     tl.store(v_dec_ptr + place, v, mask=mask)
     w = tl.load(W_enc_ptr + place, mask=mask, other=0.0)
     m = tl.load(m_enc_ptr + place, mask=mask, other=0.0)
-    v = tl.load(v_enc_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_enc_ptr + place, mask=mask, other=1.0)
     w, m, v = adam(g_enc, w, m, v, rate, correction, b1, b2, rest1, rest2, eps)
     tl.store(W_enc_ptr + place, w, mask=mask)
     tl.store(m_enc_ptr + place, m, mask=mask)
@@ -216,7 +216,7 @@ def _scatter(
     f = tl.load(feature_ptr + h)
     first, end = tl.load(ptr_ptr + f), tl.load(ptr_ptr + f + 1)
     at = first + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < end) & (end - first > LONG)
+    mask = at < tl.where(end - first > LONG, end, first)
     pair = tl.load(pair_ptr + at, mask=mask, other=0)
     place = h.to(tl.int64) * B + tl.load(token_ptr + at, mask=mask, other=0)
     if TWO:
@@ -346,10 +346,13 @@ class _Pairs:
         part_JD = x_BD.new_empty(1 + two, J, D)
         self.parts = (part_JD[0], part_JD[-1], x_BD.new_empty(J))
         if J and F:
+            start_J = torch.arange(0, J * WINDOW, WINDOW, dtype=torch.int32, device=device)
+            feature_J = torch.searchsorted(csc.ptr, start_J, right=True, out_int32=True).sub_(1).clamp_(max=F - 1)
             CH, BD, warps = SLICE
             _windows[(J, triton.cdiv(D, BD))](
-                *self.arguments, heavy_F, *self.parts, F, D, TWO=two, WINDOW=WINDOW, CH=CH, BD=BD, num_warps=warps
-            )
+                *self.arguments, heavy_F, feature_J, *self.parts, D,
+                TWO=two, WINDOW=WINDOW, CH=CH, BD=BD, num_warps=warps,
+            )  # fmt: skip
 
 
 def _weight_grads(csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,8 +392,8 @@ def _shipped() -> list[Shipped]:
     shipped = []
     for two in (True, False):
         constants = {"TWO": two, "WINDOW": WINDOW, "CH": CH, "BD": BD}
-        types = {**pairs, **parts, "F": "i32", "D": "i32"}
-        shipped.append(Shipped(_windows, types, constants, warps, gather=True, ragged=("F",)))
+        types = {**pairs, "feature_ptr": "*i32", **parts, "D": "i32"}
+        shipped.append(Shipped(_windows, types, constants, warps, gather=True))
         types = {**pairs, **heavy, **parts, **floats("out_dec", "out_enc", "total"), "D": "i32"}
         shipped.append(Shipped(_sums, types, constants, warps, gather=True))
         types = {

@@ -24,7 +24,10 @@ WIDE, WIDE_WARPS = 4096, 16
 
 @triton.jit
 def adam(g, w, m, v, rate, correction, b1, b2, rest1, rest2, eps):
-    """w, m and v after a step; rate = lr / (1 − b1ᵗ), correction = 1 / (1 − b2ᵗ), rest = 1 − b."""
+    """w, m and v after a step; rate = lr / (1 − b1ᵗ), correction = 1 / (1 − b2ᵗ), rest = 1 − b.
+
+    Columns behind the last one are loaded as v = 1, the rest as 0: with eps = 0 they would divide 0 by 0.
+    """
     m = b1 * m + rest1 * g
     v = b2 * v + rest2 * g * g
     w -= rate * m / (tl.sqrt(v * correction) + eps)
@@ -38,8 +41,14 @@ def without_component(g, w):
 
 
 @triton.jit
+def norm_of(square):
+    """Of the sum of squares, at least 1e-12; NaN stays NaN, so that it spoils the whole row as it does elsewhere."""
+    return tl.maximum(tl.sqrt(square), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def of_norm_1(w):
-    return w / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-12)
+    return w / norm_of(tl.sum(w * w, 0))
 
 
 @triton.jit
@@ -51,7 +60,7 @@ def _adam(
     mask = column < D
     w = tl.load(w_ptr + place, mask=mask, other=0.0)
     m = tl.load(m_ptr + place, mask=mask, other=0.0)
-    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_ptr + place, mask=mask, other=1.0)
     g = tl.load(grad_ptr + place, mask=mask, other=0.0) * tl.load(factors_ptr + 2)
     if UNIT:
         g = without_component(g, w)
@@ -81,14 +90,14 @@ def _adam_wide(w_ptr, m_ptr, v_ptr, grad_ptr, factors_ptr, D, b1, b2, rest1, res
         place = row + column
         w = tl.load(w_ptr + place, mask=mask, other=0.0)
         m = tl.load(m_ptr + place, mask=mask, other=0.0)
-        v = tl.load(v_ptr + place, mask=mask, other=0.0)
+        v = tl.load(v_ptr + place, mask=mask, other=1.0)
         g = tl.load(grad_ptr + place, mask=mask, other=0.0) * scale - component * w
         w, m, v = adam(g, w, m, v, rate, correction, b1, b2, rest1, rest2, eps)
         square += w * w
         tl.store(w_ptr + place, w, mask=mask)
         tl.store(m_ptr + place, m, mask=mask)
         tl.store(v_ptr + place, v, mask=mask)
-    norm = tl.maximum(tl.sqrt(tl.sum(square, 0)), 1e-12)
+    norm = norm_of(tl.sum(square, 0))
     # the last loop may read what another thread has written
     tl.debug_barrier()
     for lo in range(0, D, BD):
