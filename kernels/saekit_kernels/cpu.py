@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saekit_kernels import portable
 from saekit_kernels.codes import Codes
-from saekit_kernels.portable import build_csc, decode
+from saekit_kernels.portable import build_csc, decode, feature_sums
 from saekit_kernels.reference import Csc, Selected
 from saekit_kernels.rules import RowCount, Rule
 
@@ -24,10 +24,12 @@ __all__ = [
     "decode",
     "decode_residual_value_grad",
     "encode_select",
+    "feature_sums",
     "pair_dots",
     "row_adam_",
     "segment_adam_",
     "segment_sum",
+    "weight_grads",
 ]
 
 # private in torch: where it is missing, row_adam_ runs on the portable path
@@ -146,6 +148,13 @@ def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = 
     for at, (firings, ptr) in zip(parts, cuts(csc.ptr, parts), strict=True):
         out[at] = portable.bags(ptr, token[firings], coef[firings], rows_BD)
     return out, total_F
+
+
+def weight_grads(
+    csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out=(None, None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equivalent to `reference.weight_grads`."""
+    return portable.weight_grads(csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out, segment_sum)
 
 
 def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=None) -> None:

@@ -17,6 +17,9 @@ B tokens · D width · F features · K slots per row · N slots in the batch · 
 
 import contextlib
 import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -78,7 +81,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-_PATHS = {"reference": reference, "portable": portable, "cpu": cpu}
+_PATHS = ("cpu", "triton", "portable", "reference")
 _RULES = {
     RowCount: "row_count",
     BatchCount: "batch_count",
@@ -102,7 +105,7 @@ _CPU_REASONS = {
 
 @contextlib.contextmanager
 def using(path: str) -> Iterator[None]:
-    """Run every op inside the block on one path: "reference", "portable" or "cpu".
+    """Run every op inside the block on one path: "reference", "portable", "cpu" or "triton".
 
     An op that this path cannot run raises ValueError.
     """
@@ -119,9 +122,14 @@ def using(path: str) -> Iterator[None]:
 def _choose(forced: str | None, op: str, device: str, dtype: torch.dtype, rule: str, key: str, scaled: bool) -> Choice:
     """The path of an op. It never depends on B: a row is encoded alike alone and in a batch."""
     if dtype == torch.float64:
-        cannot = dict.fromkeys(("portable", "cpu"), "float64 runs on the reference path alone")
+        cannot = dict.fromkeys(("portable", "cpu", "triton"), "float64 runs on the reference path alone")
     else:
         cannot = {}
+        why = _why_not_triton(device, forced == "triton")
+        if why is None and op == "encode_select":
+            why = _module("triton").cannot(rule, key, scaled)
+        if why is not None:
+            cannot["triton"] = why
         if device != "cpu":
             cannot["cpu"] = f"the tensors are on {device}"
         elif op == "encode_select" and (rule != "row_count" or key == "raw" or scaled):
@@ -133,16 +141,32 @@ def _choose(forced: str | None, op: str, device: str, dtype: torch.dtype, rule: 
         if forced in cannot:
             raise ValueError(f"{op} cannot run on the {forced} path that was asked for: {cannot[forced]}")
         return Choice(op, forced, "asked for")
-    for path in ("cpu", "portable", "reference"):
+    for path in _PATHS:
         if path not in cannot:
-            reason = _CPU_REASONS[op] if path == "cpu" else cannot["cpu"]
+            reason = _CPU_REASONS[op] if path == "cpu" else cannot["cpu" if device == "cpu" else "triton"]
             return Choice(op, path, reason)
     raise AssertionError(op)
 
 
+@functools.cache
+def _module(path: str):
+    """The module of a path; Triton's is imported where it is wanted."""
+    return importlib.import_module(f"saekit_kernels.{path}")
+
+
+def _why_not_triton(device: str, asked_for: bool) -> str | None:
+    """Why the Triton path does not run on a device type; None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted and asked_for else "Triton's kernels run on a GPU"
+    return None if asked_for else 'Triton\'s kernels have not run on a GPU yet: using("triton") asks for them'
+
+
 def _path(op: str, like: Tensor, rule: str = "row_count", key: str = "relu", scaled: bool = False):
     """The module that runs an op on tensors like this one."""
-    return _PATHS[_choose(_forced.get(), op, like.device.type, like.dtype, rule, key, scaled).path]
+    return _module(_choose(_forced.get(), op, like.device.type, like.dtype, rule, key, scaled).path)
 
 
 def explain(device: str = "cpu") -> list[Choice]:
@@ -587,7 +611,9 @@ def build_csc(codes: Codes, n_features: int | None = None) -> Csc:
 
 @torch.library.custom_op("saekit_kernels::segment_sum", mutates_args=())
 def _segment_op(ptr: Tensor, pair: Tensor, token: Tensor, coef: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    return _segment(Csc(ptr, pair, token), coef, rows, None)
+    coef, rows = (t.detach() for t in _alike(coef, rows))
+    with _no_autocast(rows):
+        return _path("segment_sum", rows).segment_sum(Csc(ptr, pair, token), coef, rows.contiguous())
 
 
 @_segment_op.register_fake
@@ -597,10 +623,27 @@ def _(ptr, pair, token, coef, rows):
     return rows.new_empty(n_features, rows.shape[1], dtype=dtype), rows.new_empty(n_features, dtype=dtype)
 
 
-def _segment(csc: Csc, coef: Tensor, rows: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    coef, rows = (t.detach() for t in _alike(coef, rows))
-    with _no_autocast(rows):
-        return _path("segment_sum", rows).segment_sum(csc, coef, rows.contiguous(), out)
+@torch.library.custom_op("saekit_kernels::weight_grads", mutates_args=())
+def _weight_grads_op(
+    ptr: Tensor, pair: Tensor, token: Tensor, coef_dec: Tensor, residual: Tensor, coef_enc: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _weight_grads(Csc(ptr, pair, token), coef_dec, residual, coef_enc, x, (None, None))
+
+
+@_weight_grads_op.register_fake
+def _(ptr, pair, token, coef_dec, residual, coef_enc, x):
+    dtype = (
+        torch.float64 if torch.float64 in (coef_dec.dtype, residual.dtype, coef_enc.dtype, x.dtype) else torch.float32
+    )
+    matrix = (ptr.shape[0] - 1, x.shape[1])
+    return x.new_empty(matrix, dtype=dtype), x.new_empty(matrix, dtype=dtype), x.new_empty(matrix[0], dtype=dtype)
+
+
+def _weight_grads(csc: Csc, coef_dec, residual, coef_enc, x, out) -> tuple[Tensor, Tensor, Tensor]:
+    coef_dec, residual, coef_enc, x = (t.detach() for t in _alike(coef_dec, residual, coef_enc, x))
+    with _no_autocast(x):
+        path = _path("segment_sum", x)
+        return path.weight_grads(csc, coef_dec, residual.contiguous(), coef_enc, x.contiguous(), out)
 
 
 def segment_weight_grads(
@@ -621,7 +664,7 @@ def segment_weight_grads(
     then, with `project_onto` = W_dec, each row of gW_dec loses its component along that (unit) row. `out` are the two (F, D)
     buffers to write. Rows of features that did not fire are 0. Not differentiable: this is a backward.
 
-    Equivalent to two `reference.segment_sum`. Raises ValueError when the shapes do not fit.
+    Equivalent to `reference.weight_grads`. Raises ValueError when the shapes do not fit.
     """
     n_features, (batch, width) = len(csc.ptr) - 1, x_BD.shape
     _check_matrix("residual", residual_BD, batch, width)
@@ -632,11 +675,9 @@ def segment_weight_grads(
         _check_matrix("out", buffer, n_features, width)
     with torch.no_grad():
         if out is None:
-            W_dec_FD, _ = _segment_op(*csc, coef_dec_N, residual_BD)
-            W_enc_FD, b_enc_F = _segment_op(*csc, coef_enc_N, x_BD)
+            W_dec_FD, W_enc_FD, b_enc_F = _weight_grads_op(*csc, coef_dec_N, residual_BD, coef_enc_N, x_BD)
         else:
-            W_dec_FD, _ = _segment(csc, coef_dec_N, residual_BD, out[0])
-            W_enc_FD, b_enc_F = _segment(csc, coef_enc_N, x_BD, out[1])
+            W_dec_FD, W_enc_FD, b_enc_F = _weight_grads(csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out)
         if extra is not None:
             for whole, rows in ((W_dec_FD, extra.W_dec_AD), (W_enc_FD, extra.W_enc_AD), (b_enc_F, extra.b_enc_A)):
                 whole[extra.ids_A.long()] += rows
@@ -758,7 +799,7 @@ def feature_sums(csc: Csc, coef_N: Tensor) -> Tensor:
     if coef_N.numel() != len(csc.pair_N):
         raise ValueError(f"coef has {coef_N.numel()} entries for {len(csc.pair_N)} slots")
     with torch.no_grad():
-        return portable.segment_coefs(csc, coef_N)[2]
+        return _path("segment_sum", coef_N).feature_sums(csc, coef_N)
 
 
 @torch.library.custom_op("saekit_kernels::largest_columns", mutates_args=())

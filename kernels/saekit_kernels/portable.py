@@ -369,6 +369,17 @@ def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = 
     return (sums_FD if out is None else out.copy_(sums_FD)), total_F
 
 
+def weight_grads(csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out=(None, None), sums=segment_sum):
+    """Both weight gradients and the encoder bias's: two `segment_sum`, whose second also adds up the coefficients."""
+    W_dec_FD, _ = sums(csc, coef_dec_N, residual_BD, out[0])
+    return (W_dec_FD, *sums(csc, coef_enc_N, x_BD, out[1]))
+
+
+def feature_sums(csc: Csc, coef_N: Tensor) -> Tensor:
+    """Σ coef over each feature's firings."""
+    return segment_coefs(csc, coef_N)[2]
+
+
 def bags(ptr: Tensor, token: Tensor, coef: Tensor, rows_BD: Tensor) -> Tensor:
     """Σ coef · rows[token] over ptr[f] to ptr[f + 1], for each f."""
     if len(coef) == 0:

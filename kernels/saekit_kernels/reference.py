@@ -187,6 +187,19 @@ def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = 
     return sums_FD, coef.new_zeros(n_features).index_add_(0, feature, coef)
 
 
+def weight_grads(
+    csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out=(None, None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ coef_dec · residual[token], Σ coef_enc · x[token] and Σ coef_enc over each feature's firings."""
+    W_dec_FD, _ = segment_sum(csc, coef_dec_N, residual_BD, out[0])
+    return (W_dec_FD, *segment_sum(csc, coef_enc_N, x_BD, out[1]))
+
+
+def feature_sums(csc: Csc, coef_N: Tensor) -> Tensor:
+    """Σ coef over each feature's firings."""
+    return segment_sum(csc, coef_N, coef_N.new_zeros(int(csc.token_N.max()) + 1 if len(csc.token_N) else 1, 1))[1]
+
+
 def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=None) -> None:
     """One step of Adam on the rows of w, in place. The equations stand in `saekit_kernels.row_adam_`."""
     step = float(step)
