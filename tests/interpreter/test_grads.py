@@ -39,13 +39,13 @@ def ragged(B, F):
     return torch.randint(0, min(F - 1, 9), (B,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-# name → codes, D.  The first feature of "skew" fires on each of 300 rows: windows that are whole, a head and a tail
+# name → codes, D.  A feature of "skew" fires on every row: windows that are whole, a head and a tail
 CASES = {
     "one slot": (lambda: make_codes(3, 2, [1] * 3), 1),
     "rowwise": (lambda: make_codes(17, 23, [7] * 17), 5),
     "flat": (lambda: make_codes(20, 31, ragged(20, 31)), 33),
     "two slices": (lambda: make_codes(9, 12, [3] * 9), 300),
-    "skew": (lambda: make_codes(300, 6, [2] * 300, always=2), 6),
+    "skew": (lambda: make_codes(270, 6, [2] * 270, always=2), 6),
     "skew, flat": (lambda: make_codes(260, 5, [1 + n % 2 for n in ragged(260, 5)], always=0), 20),
 }
 case = pytest.mark.parametrize("name", CASES)
@@ -95,7 +95,7 @@ def test_the_cases_are_what_they_say():
 def test_error_of_the_gradients(name, heavy, monkeypatch):
     if heavy:
         heavy_features(monkeypatch, 3, 2)
-    csc, coef_dec, residual, coef_enc, x = given = pairs(name)
+    csc, coef_dec, residual, coef_enc, x = pairs(name)
     if heavy:
         # a dense product multiplies every row of the batch, and 0 · NaN is NaN
         residual, x = (t.nan_to_num(nan=7.0) for t in (residual, x))
@@ -105,7 +105,9 @@ def test_error_of_the_gradients(name, heavy, monkeypatch):
         reference.segment_sum(csc, coef_dec.double(), residual.double())[0],
     )
     out = tuple(torch.full_like(eager[0], torch.nan) for _ in range(2))
-    one, total_of_one = kernels.segment_sum(csc, coef_enc, x)
+    buffer = torch.full_like(eager[0], torch.nan)
+    one, total_of_one = kernels.segment_sum(csc, coef_enc, x, out=buffer)
+    assert one is buffer
     g_dec, g_enc, total = kernels.weight_grads(csc, coef_dec, residual, coef_enc, x, out=out)
     assert g_dec is out[0] and g_enc is out[1]
     hold("W_enc alone", one, eager[0], truth[0])
@@ -119,9 +121,6 @@ def test_error_of_the_gradients(name, heavy, monkeypatch):
         kernels.weight_grads(csc, coef_dec, residual, coef_enc, x), (g_dec, g_enc, total), strict=True
     ):
         assert torch.equal(again, first), "runs repeat to the bit"
-    buffer = torch.full_like(one, torch.nan)
-    assert kernels.segment_sum(csc, coef_enc, x, out=buffer)[0] is buffer and torch.equal(buffer, one)
-    assert len(given) == 5
 
 
 def test_gradients_by_hand():
@@ -176,8 +175,7 @@ OUTPUTS = ("W_dec", "W_enc", "m_dec", "v_dec", "m_enc", "v_enc", "row_sq")
 
 
 @case
-@pytest.mark.parametrize("with_extra", [False, True])
-@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize(("with_extra", "heavy"), [(False, False), (True, False), (True, True)])
 def test_error_of_the_fused_step(name, with_extra, heavy, monkeypatch):
     given = pairs(name)
     if heavy:
@@ -197,10 +195,10 @@ def test_error_of_the_fused_step(name, with_extra, heavy, monkeypatch):
 
 @pytest.mark.parametrize("D", [6, 4100])
 def test_fused_step_is_gradients_projection_and_adam(D):
-    codes = make_codes(8, 5, [2] * 8)
-    csc, coefs = build_csc(codes), [torch.randn(8, 2) for _ in range(2)]
-    rows = [torch.randn(8, D) for _ in range(2)]
-    whole, extra = matrices(5, D), aux_rows(5, D)
+    codes = make_codes(5, 4, [2] * 5)
+    csc, coefs = build_csc(codes), [torch.randn(5, 2) for _ in range(2)]
+    rows = [torch.randn(5, D) for _ in range(2)]
+    whole, extra = matrices(4, D), aux_rows(4, D)
     by_parts = [t.clone() for t in whole]
     g_dec, g_enc, _ = kernels.weight_grads(csc, coefs[0], rows[0], coefs[1], rows[1])
     for g, more in ((g_dec, extra[1]), (g_enc, extra[2])):
@@ -211,7 +209,7 @@ def test_fused_step_is_gradients_projection_and_adam(D):
     got = step(kernels.segment_adam_, (csc, coefs[0], rows[0], coefs[1], rows[1]), whole, extra)
     for name, mine, other in zip(OUTPUTS, got, [*by_parts, g_dec.square().sum(1) + g_enc.square().sum(1)], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-    torch.testing.assert_close(got[0].norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(got[0].norm(dim=1), torch.ones(4))
 
 
 def test_several_fused_steps_follow_the_reference():

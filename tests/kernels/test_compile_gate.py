@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import saekit_kernels.triton
+import saekit_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
 
-PACKAGE = Path(saekit_kernels.triton.__file__).parent
+PACKAGE = Path(saekit_kernels.__file__).parent / "triton"
 TABLE = PACKAGE / "compiled.csv"
 MODULES = ("encode", "select", "decode", "grads", "row_adam")
 REFRESH = os.environ.get("SAEKIT_REFRESH_COMPILED") == "1"

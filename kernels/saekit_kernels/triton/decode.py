@@ -27,7 +27,7 @@ WHOLE = {
     torch.bfloat16: {32: (256, 4), 64: (256, 8), 128: (128, 8), 256: (64, 8)},
 }
 # Chunks of slots, for flat codes and longer rows: (KP, BD, warps)
-CHUNKS = {torch.float32: (32, 128, 4), torch.bfloat16: (32, 256, 8)}
+CHUNKS = {torch.float32: (32, 128, 4), torch.bfloat16: (16, 256, 4)}
 ADD_BLOCK, ADD_WARPS = 512, 4
 
 
