@@ -175,16 +175,21 @@ def batch_count(encoder: Encoder, rule: BatchCount, key: str, scale_F: Tensor | 
         place, value, bits = survivors(encoder, bar, key, scale_F)
         if len(bits) >= rule.m or float(bar) <= 0:
             break
-    if len(bits) > rule.m:
-        last = bits.topk(rule.m, sorted=False).values.amin() if rule.m else bits.amax()
+    return keep_batch(place, value, bits, rule.m, len(x_BD), n_features)
+
+
+def keep_batch(place: Tensor, value: Tensor, bits: Tensor, m: int, batch: int, n_features: int) -> Selected:
+    """The m largest of survivors in row order, which hold the m largest of the batch."""
+    if len(bits) > m:
+        last = bits.topk(m, sorted=False).values.amin() if m else bits.amax()
         kept = bits > last
-        if rule.m:
+        if m:
             # survivors stand in row order, so the first of the equal ones come by row, then by feature
             equal = (bits == last).nonzero().squeeze(1)
-            kept[equal[: rule.m - int(kept.sum())]] = True
+            kept[equal[: m - int(kept.sum())]] = True
         place, value, bits = place[kept], value[kept], bits[kept]
-    smallest = bits.amin().view(torch.float32) if len(bits) else torch.zeros((), device=x_BD.device)
-    return Selected(flat_codes(place, value, len(x_BD), n_features), smallest, batch_hint(smallest))
+    smallest = bits.amin().view(torch.float32) if len(bits) else torch.zeros((), device=value.device)
+    return Selected(flat_codes(place, value, batch, n_features), smallest, batch_hint(smallest))
 
 
 def batch_bars(encoder: Encoder, rule: BatchCount, key: str, scale_F: Tensor | None) -> Iterator[Tensor]:
@@ -218,29 +223,32 @@ def column_count(encoder: Encoder, rule: ColumnCount, key: str, scale_F: Tensor 
         value, bits = torch.cat([value[other], pre_BA[row, at]]), torch.cat([bits[other], bits_BA[row, at]])
         place, order = place.sort()
         value, bits, bar_F = value[order], bits[order], bar_F.masked_fill(redo, 0.0)
+    return keep_columns(place, value, bits, m_F, bar_F, len(x_BD))
+
+
+def keep_columns(place: Tensor, value: Tensor, bits: Tensor, m_F: Tensor, bar_F: Tensor, batch: int) -> Selected:
+    """The m_j largest of column j among survivors in row order, which hold them; `bar_F` is what they had to pass."""
+    n_features, device = len(m_F), place.device
     # by feature, then key descending; the sort is stable and places ascend, so equal keys stay in row order
     feature = place % n_features
     order = torch.sort((feature << 32) | (0x7FFFFFFF - bits.long()), stable=True).indices
     sorted_feature = feature[order]
-    start_F1 = torch.searchsorted(sorted_feature, torch.arange(n_features + 1, device=x_BD.device))
-    rank = torch.arange(len(order), device=x_BD.device) - start_F1[sorted_feature]
-    kept = torch.empty(len(order), dtype=torch.bool, device=x_BD.device)
+    start_F1 = torch.searchsorted(sorted_feature, torch.arange(n_features + 1, device=device))
+    rank = torch.arange(len(order), device=device) - start_F1[sorted_feature]
+    kept = torch.empty(len(order), dtype=torch.bool, device=device)
     kept[order] = rank < m_F[sorted_feature]
-
-    key_sorted = bits[order].view(torch.float32)
     count_F = start_F1.diff()
+    # one entry more than there are: what a column without survivors points at
+    key_N1 = torch.cat([bits[order], bits.new_zeros(1)]).view(torch.float32)
 
     def key_at(rank_F: Tensor) -> Tensor:
         """The column's key at a rank (0 = largest), 0 where the column has too few."""
         inside = (rank_F >= 0) & (rank_F < count_F)
-        at = torch.where(inside, start_F1[:-1] + rank_F, 0)
-        found = key_sorted[at] if len(key_sorted) else torch.zeros(n_features, device=x_BD.device)
-        return torch.where(inside, found, 0.0)
+        return torch.where(inside, key_N1[torch.where(inside, start_F1[:-1] + rank_F, 0)], 0.0)
 
     threshold_F = key_at(torch.minimum(m_F, count_F) - 1)
-    fourth_F = key_at(4 * m_F - 1)
-    hint_F = torch.where(4 * m_F <= count_F, fourth_F, bar_F).nan_to_num(0.0, 0.0)
-    return Selected(flat_codes(place[kept], value[kept], len(x_BD), n_features), threshold_F, hint_F)
+    hint_F = torch.where(4 * m_F <= count_F, key_at(4 * m_F - 1), bar_F).nan_to_num(0.0, 0.0)
+    return Selected(flat_codes(place[kept], value[kept], batch, n_features), threshold_F, hint_F)
 
 
 def row_mass(encoder: Encoder, rule: RowMass, key: str, scale_F: Tensor | None) -> Selected:
