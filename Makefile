@@ -37,15 +37,25 @@ fix: .venv/tested
 docs: .venv/tested
 	$(BIN)/python docs/rewrite.py
 
+# make bench OP=decode times that op alone
 bench: .venv/tested
 	$(BIN)/python kernels/benchmarks/bench.py $(if $(OP),--op $(OP))
+ifndef OP
+	$(BIN)/python kernels/benchmarks/step.py --save
+	$(BIN)/python kernels/benchmarks/step.py --aux --shape 2048,768,24576,32 --save
 	$(BIN)/python tests/benchmarks/demo.py
 	$(BIN)/python tests/benchmarks/store.py
 	$(BIN)/python tests/benchmarks/collect.py --model saekit:demo --peer
 	$(BIN)/python tests/benchmarks/collect.py --model smollm2 --peer
+endif
 
-bench-gpu: .venv/tested
-	$(BIN)/python kernels/benchmarks/bench.py --device cuda $(if $(OP),--op $(OP))
+# rows go to $(OUT)/results.csv; GPU_PYTHON names a Python that has a CUDA build of torch and, to be compared with, the peers
+OUT ?= bench-gpu
+bench-gpu: GPU_PYTHON ?= $(BIN)/python
+bench-gpu: $(if $(GPU_PYTHON),,.venv/tested)
+	PYTHONPATH=.:kernels timeout 120 $(GPU_PYTHON) kernels/benchmarks/bench.py --device cuda --compute bf16 --shape 8192,2304,65536,64 \
+	  --save --results $(OUT)/results.csv $(if $(OP),--op $(OP))
+	PYTHONPATH=.:kernels timeout 340 $(GPU_PYTHON) kernels/benchmarks/step.py --device cuda --save --results $(OUT)/results.csv --budget 200
 
 study: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'
