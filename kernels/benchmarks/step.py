@@ -466,7 +466,7 @@ def plot(path: Path, out: Path) -> None:
         raise SystemExit(f"step: {path} has no rows of whole steps yet; run  make bench")
     titles = [f"{device}, {TITLES[op]}" for op, device, _ in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.3 / len(panels))
-    palette = ["#888888", "#1f77b4", "#6baed6", "#9ecae1", "#d95f02", "#fdae6b", "#1b9e77", "#66c2a5", "#a6d854", "#7570b3",
+    palette = ["#888888", "#1f77b4", "#6baed6", "#d95f02", "#fdae6b", "#1b9e77", "#66c2a5", "#a6d854", "#7570b3",
                "#9e9ac8", "#bcbddc", "#dadaeb"]  # fmt: skip
     shown = set()
     for i, (_, _, shapes) in enumerate(panels, 1):
