@@ -36,14 +36,15 @@ from saekit_kernels.portable import key_bits as torch_key_bits
 from saekit_kernels.reference import Selected, batch_hint
 from saekit_kernels.rules import BatchCount, ColumnCount, RowCount, RowMass, Rule, Threshold
 from saekit_kernels.triton import select
-from saekit_kernels.triton.select import SAMPLE, compact, key_bits, zero_upto
+from saekit_kernels.triton.select import SAMPLE, cut_in_order, zero_upto
+from saekit_kernels.triton.shipped import Shipped
 
 REPAIR_ROWS = 128
 """So many overflowed rows are computed dense."""
 BUFFER = 34 << 20
 """Bytes of pre-activations in memory at a time, unless one tile of rows is more."""
-REPAIR_CAP = 4096
-"""Places that `repair_kernel` reads of a list, whatever its length: it runs seldom, and compiles once."""
+REPAIR_CAP = 1024
+"""Places of a list that `repair_kernel` uses at most: the k best, k ≤ 512, and a tile. It runs seldom, and compiles once."""
 GROUP = 8
 """Tiles of rows that follow each other before the next tile of columns: W_enc passes through the cache once for all of them."""
 
@@ -67,23 +68,32 @@ class Tiles(NamedTuple):
 
 
 TILES = {"bf16": Tiles(128, 128, 64, 8, 3), "tf32": Tiles(128, 128, 32, 8, 3), "fp32": Tiles(64, 64, 32, 8, 2)}
+
+
+def repairing(tiles: Tiles) -> Tiles:
+    """The tile of `repair_kernel`: half the rows and no pipeline, or it spills. What a sum is does not depend on either."""
+    return tiles._replace(BM=max(16, tiles.BM // 2), stages=1)
+
+
 PRECISION = {"bf16": "ieee", "tf32": "tf32", "fp32": "ieee"}
 
 
 @triton.jit
 def _product(
-    x_ptr, W_ptr, b_ptr, row_M, live_M, column_N, F, D,
+    x_ptr, W_ptr, b_ptr, row_M, column_N, F, D16,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] @ W[columns].T + b[columns], fp32; 0 in columns ≥ F. The sum's order depends on no row but its own."""
+    """x[rows] @ W[columns].T + b[columns], fp32; 0 in columns ≥ F. Rows must exist. A sum's order does not depend on the tile."""
+    # the launcher pads D and checks the matrices: whole vectors of 16 bytes are loaded even where a caller's width is odd
+    D = D16 * 16
     depth_K = tl.arange(0, BK)
     inside_N = column_N < F
-    x_ptrs = x_ptr + row_M.to(tl.int64)[:, None] * D + depth_K[None, :]
-    W_ptrs = W_ptr + column_N.to(tl.int64)[:, None] * D + depth_K[None, :]
+    x_ptrs = tl.multiple_of(x_ptr + row_M.to(tl.int64)[:, None] * D + depth_K[None, :], (1, 16))
+    W_ptrs = tl.multiple_of(W_ptr + column_N.to(tl.int64)[:, None] * D + depth_K[None, :], (1, 16))
     acc = tl.zeros((BM, BN), tl.float32)
     for lo in range(0, D, BK):
         inside_K = depth_K < D - lo
-        x_MK = tl.load(x_ptrs, mask=live_M[:, None] & inside_K[None, :], other=0.0)
+        x_MK = tl.load(x_ptrs, mask=inside_K[None, :], other=0.0)
         W_NK = tl.load(W_ptrs, mask=inside_N[:, None] & inside_K[None, :], other=0.0)
         if UPCAST:
             x_MK = x_MK.to(tl.float32)
@@ -95,10 +105,15 @@ def _product(
 
 
 @triton.jit
-def _passed(acc, floor, scale_ptr, column_N, F, zero_upto):
-    """The tile with 0 wherever the key does not reach the bar; bars are at least TINY, so nothing that passes is 0."""
-    scale_N = tl.load(scale_ptr + column_N, mask=column_N < F, other=0.0)
-    return tl.where(key_bits(acc, scale_N[None, :], zero_upto) >= floor, acc, 0.0)
+def _passed(acc, floor, scale_ptr, column_N, F, zero_upto, SCALED: tl.constexpr):
+    """The tile with 0 wherever the key does not reach the bar; bars are at least TINY, so nothing that passes is 0.
+
+    `key_bits` without what a bar makes superfluous: NaN of every kind is above all bars but NEVER, small keys are below all.
+    """
+    ranked = tl.where(acc <= zero_upto, 0.0, acc)
+    if SCALED:
+        ranked = ranked * tl.load(scale_ptr + column_N, mask=column_N < F, other=0.0)[None, :]
+    return tl.where((ranked.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= floor, acc, 0.0)
 
 
 @triton.jit
@@ -128,16 +143,16 @@ def _append_to_lists(acc, row_M, live_M, first_column, value_ptr, index_ptr, cou
         tl.store(index_ptr + line_M + place_M, first_column + column_M, mask=stored_M)
 
 
-@triton.jit(do_not_specialize=["B", "first_row"])
+@triton.jit(do_not_specialize=["B", "D16", "first_row", "width16"])
 def product_kernel(
-    x_ptr, W_ptr, b_ptr, out_ptr, bad_ptr, tally_ptr, B, F, D, first_row, width,
+    x_ptr, W_ptr, b_ptr, out_ptr, bad_ptr, tally_ptr, B, F, D16, first_row, width16,
     BAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Pre-activations, stored dense: every 16th tile of columns of the rows first_row to B − 1; or BAD: all of the first B bad rows."""
     at_M = tl.program_id(1) * BM + tl.arange(0, BM)
-    row_M = first_row + at_M
-    live_M = row_M < B
+    live_M = first_row + at_M < B
+    row_M = tl.minimum(first_row + at_M, B - 1)
     tile = tl.program_id(0) * _SAMPLE
     if BAD:
         tile = tl.program_id(0)
@@ -148,16 +163,16 @@ def product_kernel(
         row_M = tl.load(bad_ptr + at_M, mask=live_M, other=0)
     at_N = tl.program_id(0) * BN + tl.arange(0, BN)
     column_N = tile * BN + tl.arange(0, BN)
-    acc = _product(x_ptr, W_ptr, b_ptr, row_M, live_M, column_N, F, D, BM, BN, BK, PRECISION, UPCAST)
-    out_ptrs = out_ptr + at_M.to(tl.int64)[:, None] * width + at_N[None, :]
+    acc = _product(x_ptr, W_ptr, b_ptr, row_M, column_N, F, D16, BM, BN, BK, PRECISION, UPCAST)
+    out_ptrs = tl.multiple_of(out_ptr + at_M.to(tl.int64)[:, None] * (width16 * 16) + at_N[None, :], (1, 16))
     tl.store(out_ptrs, acc, mask=live_M[:, None] & (column_N < F)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "cap", "n_tiles", "phase", "floor_stride"])
+@triton.jit(do_not_specialize=["B", "D16", "cap", "n_tiles", "phase", "floor_stride"])
 def filter_kernel(
-    x_ptr, W_ptr, b_ptr, scale_ptr, floor_ptr, value_ptr, place_ptr, count_ptr, B, F, D, stride, cap, n_tiles, phase,
+    x_ptr, W_ptr, b_ptr, scale_ptr, floor_ptr, value_ptr, place_ptr, count_ptr, B, F, D16, stride, cap, n_tiles, phase,
     floor_stride, zero_upto,
-    FLAT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FLAT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the product, filtered. Bars are key bits, at least TINY.
@@ -181,14 +196,15 @@ def filter_kernel(
         return
     row_M = row_tile * BM + tl.arange(0, BM)
     live_M = row_M < B
+    # a row that does not exist repeats the last one, and meets a bar that nothing reaches
+    row_M = tl.minimum(row_M, B - 1)
     column_N = tile * BN + tl.arange(0, BN)
-    acc = _product(x_ptr, W_ptr, b_ptr, row_M, live_M, column_N, F, D, BM, BN, BK, PRECISION, UPCAST)
-    # rows ≥ B hold the bias: nothing passes there. Columns ≥ F hold 0, which never passes.
+    acc = _product(x_ptr, W_ptr, b_ptr, row_M, column_N, F, D16, BM, BN, BK, PRECISION, UPCAST)
     if FLAT:
         floor_N = tl.load(floor_ptr + column_N * floor_stride, mask=column_N < F, other=_NEVER)
         floor_M = tl.where(live_M, 0, _NEVER)
-        acc = _passed(acc, tl.maximum(floor_N[None, :], floor_M[:, None]), scale_ptr, column_N, F, zero_upto)
-        n_M = tl.sum((acc != 0).to(tl.int32), 1)
+        acc = _passed(acc, tl.maximum(floor_N[None, :], floor_M[:, None]), scale_ptr, column_N, F, zero_upto, SCALED)
+        n_M = tl.where(live_M, tl.sum((acc != 0).to(tl.int32), 1), 0)
         n = tl.sum(n_M, 0)
         if n > 0:
             # one slot counter for all: one atomic per tile, the rows share out what it gives
@@ -202,18 +218,18 @@ def filter_kernel(
                 tl.store(place_ptr + slot_M, place_M + column_M, mask=stored_M)
     else:
         floor_M = tl.load(floor_ptr + row_M, mask=live_M, other=_NEVER)
-        acc = _passed(acc, floor_M[:, None], scale_ptr, column_N, F, zero_upto)
+        acc = _passed(acc, floor_M[:, None], scale_ptr, column_N, F, zero_upto, SCALED)
         _append_to_lists(acc, row_M, live_M, tile * BN, value_ptr, place_ptr, count_ptr, stride, cap, BN)
 
 
-@triton.jit(do_not_specialize=["k", "span", "first_bad"])
+@triton.jit(do_not_specialize=["D16", "k", "first_bad"])
 def repair_kernel(
-    x_ptr, W_ptr, b_ptr, scale_ptr, value_ptr, index_ptr, count_ptr, floor_ptr, bad_ptr, tally_ptr, F, D, stride, k, span,
+    x_ptr, W_ptr, b_ptr, scale_ptr, value_ptr, index_ptr, count_ptr, floor_ptr, bad_ptr, tally_ptr, F, D16, stride, k,
     first_bad, zero_upto,
     CAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of bad rows from `first_bad` on, all columns one tile after the other; a list is cut before it could overflow.
+    """A tile of bad rows from `first_bad` on, all columns in order; a list is cut before it could overflow.
 
     A program for so many rows is slow, and never wrong: it is for batches in which hardly a list had room.
     """
@@ -223,23 +239,28 @@ def repair_kernel(
         return
     at_M = first + tl.arange(0, BM)
     live_M = at_M < bad
+    room = tl.minimum(stride, CAP)
     row_M = tl.load(bad_ptr + at_M, mask=live_M, other=0)
     tl.store(count_ptr + row_M, tl.zeros((BM,), tl.int32), mask=live_M)
     tl.store(floor_ptr + row_M, tl.zeros((BM,), tl.int32) + _TINY, mask=live_M)
     tl.debug_barrier()
-    for tile in range(tl.cdiv(F, BN)):
+    for tile in tl.range(0, tl.cdiv(F, BN), disable_licm=True):
         column_N = tile * BN + tl.arange(0, BN)
-        acc = _product(x_ptr, W_ptr, b_ptr, row_M, live_M, column_N, F, D, BM, BN, BK, PRECISION, UPCAST)
+        # read anew: masks and addresses of all rows, kept in registers over the whole loop, would spill
+        bad = tl.load(tally_ptr)
+        live_M = at_M < bad
+        row_M = tl.load(bad_ptr + at_M, mask=live_M, other=0)
+        acc = _product(x_ptr, W_ptr, b_ptr, row_M, column_N, F, D16, BM, BN, BK, PRECISION, UPCAST)
         floor_M = tl.load(floor_ptr + row_M, mask=live_M, other=_NEVER)
-        acc = _passed(acc, floor_M[:, None], scale_ptr, column_N, F, zero_upto)
-        _append_to_lists(acc, row_M, live_M, tile * BN, value_ptr, index_ptr, count_ptr, stride, stride, BN)
+        acc = _passed(acc, floor_M[:, None], scale_ptr, column_N, F, zero_upto, True)
+        _append_to_lists(acc, row_M, live_M, tile * BN, value_ptr, index_ptr, count_ptr, stride, room, BN)
         tl.debug_barrier()
-        for i in range(tl.minimum(BM, bad - first)):
+        for i in tl.range(0, tl.minimum(BM, bad - first), disable_licm=True):
             row = tl.load(bad_ptr + first + i).to(tl.int64)
-            if tl.load(count_ptr + row) > stride - BN:
-                compact(
+            if tl.load(count_ptr + row) > room - BN:
+                cut_in_order(
                     value_ptr + row * stride, index_ptr + row * stride, count_ptr + row, floor_ptr + row, scale_ptr, k,
-                    span, zero_upto, CAP,
+                    zero_upto, CAP,
                 )  # fmt: skip
         tl.debug_barrier()
 
@@ -312,15 +333,23 @@ def encode_select(
 def tally(workspace: Workspace) -> dict[str, int]:
     """Counters of the workspace's last RowCount in phases. Waits for the device: call it at logging steps.
 
-    More bad rows than are computed dense double the lists from the next call on.
+    More bad rows than are computed dense make the lists longer from the next call on.
     """
     kept = _KEPT.get(workspace)
     if kept is None or kept.tally is None:
         return {}
     bad, most, total = kept.tally.tolist()[:3]
-    if bad > REPAIR_ROWS and kept.cap * 2 in select.LIST_WARPS:
-        kept.cap *= 2
+    if bad > REPAIR_ROWS:
+        kept.cap = next((places for places in select.LIST_WARPS if places > kept.cap), kept.cap)
     return {"rows_overflowed": bad, "survivors_max": most, "survivors": total}
+
+
+def _whole_vectors(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy with zeros behind its rows, such that each row is a whole number of vectors of 16 bytes."""
+    if matrix.shape[1] % 16:
+        matrix = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 16))
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
 class _Job:
@@ -328,19 +357,23 @@ class _Job:
 
     def __init__(self, encoder: Encoder, key: str, scale_F: Tensor | None, compute: str, workspace, options: Options):
         self.encoder, self.key, self.options = encoder, key, options
-        self.x_BD, self.W_FD = encoder.x_BD.contiguous(), encoder.W_enc_FD.contiguous()
+        self.x_BD, self.W_FD = _whole_vectors(encoder.x_BD), _whole_vectors(encoder.W_enc_FD)
         self.b_F = encoder.b_enc_F.contiguous()
-        # a factor of 1 costs the kernels less than a second set of them
+        # where a factor of 1 costs next to nothing, there is no second set of kernels without it
+        self.scaled = scale_F is not None
         self.scale_F = torch.ones_like(self.b_F) if scale_F is None else scale_F.float().contiguous()
         self.workspace, self.kept = workspace, _KEPT.setdefault(workspace, Kept())
         self.tiles = options.tiles or TILES[compute]
-        self.constants = {
-            "PRECISION": PRECISION[compute], "UPCAST": INTERPRETED and compute == "bf16",
-            "BM": self.tiles.BM, "BN": self.tiles.BN, "BK": self.tiles.BK,
-            "num_warps": self.tiles.warps, "num_stages": self.tiles.stages,
-        }  # fmt: skip
+        self.compute = compute
+        self.constants = self.constants_of(self.tiles)
         self.B, self.D = self.x_BD.shape
         self.F = len(self.W_FD)
+
+    def constants_of(self, tiles: Tiles) -> dict:
+        return {
+            "PRECISION": PRECISION[self.compute], "UPCAST": INTERPRETED and self.compute == "bf16",
+            "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
 
     def empty(self, *shape: int, dtype=torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x_BD.device)
@@ -354,9 +387,9 @@ class _Job:
         if phase:
             tiles = triton.cdiv(tiles, SAMPLE) * (3 if phase == 1 else 12)
         filter_kernel[(triton.cdiv(self.B, self.tiles.BM) * tiles,)](
-            self.x_BD, self.W_FD, self.b_F, self.scale_F, floor, value, place, count,
-            self.B, self.F, self.D, value.shape[-1], cap, tiles, phase, int(len(floor) > 1), zero_upto(self.key),
-            FLAT=not phase, **self.constants,
+            self.x_BD, self.W_FD, self.b_F, self.scale_F if self.scaled else None, floor, value, place, count,
+            self.B, self.F, self.D // 16, value.shape[-1], cap, tiles, phase, int(len(floor) > 1), zero_upto(self.key),
+            FLAT=not phase, SCALED=self.scaled, **self.constants,
         )  # fmt: skip
 
     # Rows
@@ -392,13 +425,14 @@ class _Job:
 
         sampled = triton.cdiv(triton.cdiv(self.F, BN), SAMPLE)
         width = sampled * BN
+        repair_width = triton.cdiv(self.F, 16) * 16
         rows = max(1, self.options.buffer // (4 * width * BM)) * BM
-        buffer = self.workspace.get("pre", (max(min(rows, self.B) * width, repaired * self.F),), self.b_F)
+        buffer = self.workspace.get("pre", (max(min(rows, self.B) * width, repaired * repair_width),), self.b_F)
         for lo in range(0, self.B, rows):
             block = min(rows, self.B - lo)
             pre = buffer[: block * width].view(block, width)
             product_kernel[(sampled, triton.cdiv(block, BM))](
-                self.x_BD, self.W_FD, self.b_F, pre, None, None, lo + block, self.F, self.D, lo, width,
+                self.x_BD, self.W_FD, self.b_F, pre, None, None, lo + block, self.F, self.D // 16, lo, width // 16,
                 BAD=False, **self.constants,
             )  # fmt: skip
             self.select_rows(pre, first_row=lo, k=k, lists=(*lists, floors), tile=BN)
@@ -407,17 +441,17 @@ class _Job:
         self.filter(floors, *lists, cap=cap, phase=2)
         cut_lists(cap=cap, codes=codes)
 
-        pre = buffer[: repaired * self.F].view(repaired, self.F)
+        pre = buffer[: repaired * repair_width].view(repaired, repair_width)
         product_kernel[(triton.cdiv(self.F, BN), triton.cdiv(repaired, BM))](
-            self.x_BD, self.W_FD, self.b_F, pre, bad, tally, repaired, self.F, self.D, 0, self.F,
+            self.x_BD, self.W_FD, self.b_F, pre, bad, tally, repaired, self.F, self.D // 16, 0, repair_width // 16,
             BAD=True, **self.constants,
         )  # fmt: skip
         self.select_rows(pre, k=k, codes=codes, bad=(bad, tally))
         if repaired < self.B:
-            repair_kernel[(triton.cdiv(self.B - repaired, BM),)](
-                self.x_BD, self.W_FD, self.b_F, self.scale_F, *lists, floors, bad, tally, self.F, self.D,
-                places, k, triton.next_power_of_2(self.F), repaired, zero_upto(self.key),
-                CAP=REPAIR_CAP, **self.constants,
+            tiles = repairing(self.tiles)
+            repair_kernel[(triton.cdiv(self.B - repaired, tiles.BM),)](
+                self.x_BD, self.W_FD, self.b_F, self.scale_F, *lists, floors, bad, tally, self.F, self.D // 16,
+                places, k, repaired, zero_upto(self.key), CAP=REPAIR_CAP, **self.constants_of(tiles),
             )  # fmt: skip
             cut_lists(cap=places, codes=codes, bad_from=repaired)
 
@@ -583,3 +617,36 @@ def _nearest_mass(place: Tensor, bits: Tensor, t_B: Tensor, n_features: int) -> 
     kept = torch.zeros_like(bits, dtype=torch.bool)
     kept[order] = rank < n.squeeze(1)[row]
     return kept
+
+
+def _shipped() -> Iterator[Shipped]:
+    floats, ints = ("b_ptr", "scale_ptr", "value_ptr"), ("floor_ptr", "count_ptr", "bad_ptr", "tally_ptr", "index_ptr")
+    known = {
+        **dict.fromkeys((*floats, "out_ptr"), "*fp32"),
+        **dict.fromkeys(ints, "*i32"),
+        "zero_upto": "fp32",
+    }
+    ragged = ("B", "D16", "cap", "n_tiles", "phase", "floor_stride", "first_row", "width16", "k", "first_bad")
+    for compute, tiles in TILES.items():
+        matrix = "*bf16" if compute == "bf16" else "*fp32"
+        for kernel, own in (
+            (product_kernel, {"bad_ptr": None, "tally_ptr": None, "BAD": False}),
+            (product_kernel, {"BAD": True}),
+            (filter_kernel, {"scale_ptr": None, "FLAT": False, "SCALED": False}),
+            (filter_kernel, {"FLAT": False, "SCALED": True}),
+            (filter_kernel, {"scale_ptr": None, "FLAT": True, "SCALED": False}),
+            (filter_kernel, {"FLAT": True, "SCALED": True}),
+            (repair_kernel, {"CAP": REPAIR_CAP}),
+        ):
+            flat = own.get("FLAT", False)
+            types = {**known, "x_ptr": matrix, "W_ptr": matrix, "place_ptr": "*i64" if flat else "*i32"}
+            used = repairing(tiles) if kernel is repair_kernel else tiles
+            own = {**own, "PRECISION": PRECISION[compute], "UPCAST": False, "BM": used.BM, "BN": used.BN, "BK": used.BK}
+            names = [n for n in kernel.arg_names if n not in own]
+            yield Shipped(
+                kernel, {n: types.get(n, "i32") for n in names}, own, used.warps, used.stages, gemm=compute != "fp32",
+                ragged=(*ragged, "stride") if flat else ragged,
+            )  # fmt: skip
+
+
+SHIPPED = list(_shipped())

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saekit_kernels.portable import NAN_BITS
+from saekit_kernels.triton.shipped import Shipped
 
 TINY = 0x00800000
 """Bits of the smallest normal number: smaller keys count as 0."""
@@ -58,6 +59,18 @@ def key_bits(value, scale, zero_upto):
 
 
 @triton.jit
+def _kth(bits, k):
+    """The k-th largest of key bits, 0 where fewer are positive."""
+    t = tl.full((), 0, tl.int32)
+    step = tl.full((), 1 << 30, tl.int32)
+    for _ in range(31):
+        enough = tl.sum((bits >= t + step).to(tl.int32), 0) >= k
+        t = tl.where(enough, t + step, t)
+        step = step >> 1
+    return t
+
+
+@triton.jit
 def best_of_list(value_ptr, index_ptr, count, scale_ptr, k, span, zero_upto, CAP: tl.constexpr):
     """(value, index, kept, t) of the first `count` entries of a list: `kept` marks the k best, t is the k-th key or 0.
 
@@ -68,12 +81,7 @@ def best_of_list(value_ptr, index_ptr, count, scale_ptr, k, span, zero_upto, CAP
     value = tl.load(value_ptr + slot, mask=live, other=0.0)
     index = tl.load(index_ptr + slot, mask=live, other=0)
     bits = key_bits(value, tl.load(scale_ptr + index, mask=live, other=0.0), zero_upto)
-    t = tl.full((), 0, tl.int32)
-    step = tl.full((), 1 << 30, tl.int32)
-    for _ in range(31):
-        enough = tl.sum((bits >= t + step).to(tl.int32), 0) >= k
-        t = tl.where(enough, t + step, t)
-        step = step >> 1
+    t = _kth(bits, k)
     equal = (bits == t) & (bits > 0)
     need = k - tl.sum((bits > t).to(tl.int32), 0)
     # the same descent on the feature, from the far end, only where a tie has to be broken
@@ -90,16 +98,24 @@ def best_of_list(value_ptr, index_ptr, count, scale_ptr, k, span, zero_upto, CAP
 
 
 @triton.jit
-def compact(value_ptr, index_ptr, count_ptr, floor_ptr, scale_ptr, k, span, zero_upto, CAP: tl.constexpr):
-    """Leaves a list its k best, and writes the bar that the rest of the row has to reach."""
-    value, index, kept, t = best_of_list(value_ptr, index_ptr, tl.load(count_ptr), scale_ptr, k, span, zero_upto, CAP)
+def cut_in_order(value_ptr, index_ptr, count_ptr, floor_ptr, scale_ptr, k, zero_upto, CAP: tl.constexpr):
+    """Leaves a list in feature order its k best, still in order, and writes the bar for larger features: they lose every tie."""
+    slot = tl.arange(0, CAP)
+    live = slot < tl.load(count_ptr)
+    value = tl.load(value_ptr + slot, mask=live, other=0.0)
+    index = tl.load(index_ptr + slot, mask=live, other=0)
+    bits = key_bits(value, tl.load(scale_ptr + index, mask=live, other=0.0), zero_upto)
+    t = _kth(bits, k)
+    equal = (bits == t) & (bits > 0)
+    need = k - tl.sum((bits > t).to(tl.int32), 0)
+    kept = (bits > t) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= need))
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     # every thread has read its part of the list before one of them writes over it
     tl.debug_barrier()
     tl.store(value_ptr + place, value, mask=kept)
     tl.store(index_ptr + place, index, mask=kept)
     tl.store(count_ptr, tl.sum(kept.to(tl.int32), 0))
-    tl.store(floor_ptr, tl.maximum(t, _TINY))
+    tl.store(floor_ptr, tl.maximum(t + 1, _TINY))
 
 
 @triton.jit(do_not_specialize=["cap", "k", "span", "first_bad"])
@@ -156,7 +172,15 @@ def select_lists_kernel(
         if count > cap:
             tl.store(floor_ptr + row, _NEVER)
             return
-        compact(value_ptr, index_ptr, count_ptr + row, floor_ptr + row, scale_ptr, k, span, zero_upto, CAP)
+        value, index, kept, t = best_of_list(value_ptr, index_ptr, count, scale_ptr, k, span, zero_upto, CAP)
+        place = tl.cumsum(kept.to(tl.int32), 0) - 1
+        # every thread has read its part of the list before one of them writes over it
+        tl.debug_barrier()
+        tl.store(value_ptr + place, value, mask=kept)
+        tl.store(index_ptr + place, index, mask=kept)
+        tl.store(count_ptr + row, tl.sum(kept.to(tl.int32), 0))
+        # not above: a smaller feature may come later
+        tl.store(floor_ptr + row, tl.maximum(t, _TINY))
 
 
 @triton.jit
@@ -315,3 +339,51 @@ def select_rows(
         first_row, pre_RC.shape[1], 0 if value is None else value.shape[1], len(scale_F), tile.bit_length() - 1, k,
         zero_upto(key), OUT=out, CH=chunk, num_warps=ROW_WARPS,
     )  # fmt: skip
+
+
+_LISTS = {
+    **dict.fromkeys(("index_ptr", "count_ptr", "floor_ptr", "bad_ptr", "tally_ptr"), "*i32"),
+    **dict.fromkeys(("value_ptr", "scale_ptr"), "*fp32"),
+    **dict.fromkeys(("stride", "cap", "k", "span", "first_bad"), "i32"),
+    "zero_upto": "fp32",
+}
+_CODES = {"out_value_ptr": "*fp32", "out_index_ptr": "*i32"}
+_ROWS = {
+    "pre_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    **dict.fromkeys(("first_row", "width", "stride", "F", "tile_bits", "k"), "i32"),
+    "zero_upto": "fp32",
+}
+_BAD = {"bad_ptr": "*i32", "tally_ptr": "*i32"}
+_BEGUN = {"count_ptr": "*i32", "floor_ptr": "*i32"}
+
+
+def _rows(out: str, pointers: dict[str, str], ragged: tuple[str, ...]) -> Shipped:
+    every = ("target_ptr", *_BAD, *_CODES, *_BEGUN)
+    absent = {n: None for n in every if n not in pointers}
+    return Shipped(
+        select_rows_kernel,
+        {**_ROWS, **pointers},
+        {**absent, "OUT": out, "CH": ROW_CHUNK},
+        ROW_WARPS,
+        ragged=("first_row", "tile_bits", "k", *ragged),
+    )
+
+
+SHIPPED = [
+    *(
+        Shipped(
+            select_lists_kernel,
+            {**_LISTS, **(_CODES if final else {})},
+            {**({} if final else dict.fromkeys(_CODES)), "FINAL": final, "CAP": CAP},
+            warps,
+            ragged=("cap", "k", "span", "first_bad"),
+        )
+        for final in (False, True)
+        for CAP, warps in LIST_WARPS.items()
+    ),
+    # rows of k codes need not begin at a multiple of 16
+    _rows("codes", {**_CODES, **_BAD}, ("stride",)),
+    _rows("list", {**_CODES, **_BEGUN}, ()),
+    _rows("mass", {"target_ptr": "*fp32", "floor_ptr": "*i32"}, ("stride",)),
+]
