@@ -145,6 +145,16 @@ def test_no_rows_and_no_firings():
     assert kernels.decode(empty, W, b).shape == (0, 5)
     sq, residual, dv = kernels.decode_residual_value_grad(empty, W, b, torch.zeros(0, 5))
     assert sq.shape == (0,) and residual.shape == (0, 5) and dv.shape == (0, 3)
+    no_slots = Codes.rowwise(torch.zeros(2, 0), torch.zeros(2, 0), 4)
+    assert torch.equal(kernels.decode(no_slots, W, b), b.expand(2, 5))
+
+
+def test_strides_do_not_matter():
+    codes = make_codes(4, 20, 3, "rowwise")
+    W, b, target = torch.randn(9, 20).T, torch.randn(1).expand(9), torch.randn(9, 4).T
+    got = kernels.decode_residual_value_grad(codes, W, b, target)
+    for one, other in zip(got, reference.decode_residual_value_grad(codes, W, b, target)):
+        torch.testing.assert_close(one, other)
 
 
 def test_other_types_are_refused():

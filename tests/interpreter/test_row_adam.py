@@ -82,14 +82,21 @@ def test_by_hand():
 
 @pytest.mark.parametrize("D", [5, 4100])
 def test_a_row_of_zeros_stays_finite_and_a_nan_stays_in_its_row(D):
-    w, m, v, grad = torch.zeros(3, D), torch.zeros(3, D), torch.zeros(3, D), torch.zeros(3, D)
+    w, m, v, grad = (torch.zeros(4, D) for _ in range(4))
     w[1:, 0] = 1
-    grad[2, 3] = torch.nan
+    grad[2, 3] = m[3, 2] = torch.nan
     kernels.row_adam_(w, m, v, grad, step=1, unit_norm=True, **ADAM)
     assert not w[0].any(), "0 / max(0, 1e-12)"
     assert w[1].tolist() == [1] + [0] * (D - 1)
-    assert w[2].isnan().all()
+    assert w[2].isnan().all() and w[3].isnan().all()
 
 
 def test_no_rows():
     kernels.row_adam_(*(torch.zeros(0, 4) for _ in range(4)), step=1, unit_norm=True, **ADAM)
+
+
+def test_strides_are_refused_where_a_matrix_is_written():
+    w, m, v, grad = (torch.zeros(3, 4) for _ in range(4))
+    with pytest.raises(ValueError, match=r"with strides \(1, 3\): the Triton path writes contiguous float32 matrices"):
+        kernels.row_adam_(w, torch.zeros(4, 3).T, v, grad, step=1, unit_norm=True, **ADAM)
+    kernels.row_adam_(w, m, v, torch.zeros(1, 4).expand(3, 4), step=1, unit_norm=True, **ADAM)

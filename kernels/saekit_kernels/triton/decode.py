@@ -152,41 +152,38 @@ def _add_slices(part_N_ptr, part_B_ptr, out_N_ptr, out_B_ptr, N, B, S, BLOCK: tl
 
 def decode(codes: Codes, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
     """Equivalent to `reference.decode`."""
-    values, indices, row_ptr, K = _parts(codes, W_dec_FD)
-    B, D = codes.batch, W_dec_FD.shape[1]
-    KP, BD, warps = CHUNKS[W_dec_FD.dtype]
+    values, indices, row_ptr, K = _slot_tensors(codes)
+    W_FD = _matrix(W_dec_FD)
+    B, D = codes.batch, W_FD.shape[1]
+    KP, BD, warps = CHUNKS[W_FD.dtype]
     y_BD = values.new_empty(B, D)
     if B:
-        _decode[(B, triton.cdiv(D, BD))](
-            values, indices, row_ptr, W_dec_FD, b_dec_D.contiguous(), y_BD, K, D, KP=KP, BD=BD, num_warps=warps
-        )
+        grid = (B, triton.cdiv(D, BD))
+        _decode[grid](values, indices, row_ptr, W_FD, _floats(b_dec_D), y_BD, K, D, KP=KP, BD=BD, num_warps=warps)
     return y_BD
 
 
 def decode_residual_value_grad(codes: Codes, W_dec_FD, b_dec_D, target_BD) -> tuple[Tensor, Tensor, Tensor]:
     """Equivalent to `reference.decode_residual_value_grad`."""
-    values, indices, row_ptr, K = _parts(codes, W_dec_FD)
+    values, indices, row_ptr, K = _slot_tensors(codes)
+    W_FD, b_D, target_BD = _matrix(W_dec_FD), _floats(b_dec_D), _floats(target_BD)
     (B, D), N = target_BD.shape, values.numel()
-    b_dec_D, target_BD = b_dec_D.contiguous(), target_BD.contiguous()
-    whole = WHOLE[W_dec_FD.dtype]
-    KP = max(min(whole), triton.next_power_of_2(K))
     residual_BD, sq_B, dv_N = torch.empty_like(target_BD), values.new_empty(B), torch.empty_like(values)
     if not B:
         return sq_B, residual_BD, dv_N
-    if K and KP in whole:
-        BD, warps = whole[KP]
-        S = triton.cdiv(D, BD)
-        sq_SB, dv_SN = _partial(sq_B, S), _partial(dv_N, S)
+    whole = WHOLE[W_FD.dtype]
+    KP = max(min(whole), triton.next_power_of_2(K))
+    held = K > 0 and KP in whole
+    KP, BD, warps = (KP, *whole[KP]) if held else CHUNKS[W_FD.dtype]
+    S = triton.cdiv(D, BD)
+    sq_SB, dv_SN = _partial(sq_B, S), _partial(dv_N, S)
+    if held:
         _residual_whole[(B, S)](
-            values, indices, W_dec_FD, b_dec_D, target_BD, residual_BD, sq_SB, dv_SN, B, K, D,
-            KP=KP, BD=BD, num_warps=warps,
-        )  # fmt: skip
+            values, indices, W_FD, b_D, target_BD, residual_BD, sq_SB, dv_SN, B, K, D, KP=KP, BD=BD, num_warps=warps
+        )
     else:
-        KP, BD, warps = CHUNKS[W_dec_FD.dtype]
-        S = triton.cdiv(D, BD)
-        sq_SB, dv_SN = _partial(sq_B, S), _partial(dv_N, S)
         _residual_chunks[(B, S)](
-            values, indices, row_ptr, W_dec_FD, b_dec_D, target_BD, residual_BD, sq_SB, dv_SN, B, N, K, D,
+            values, indices, row_ptr, W_FD, b_D, target_BD, residual_BD, sq_SB, dv_SN, B, N, K, D,
             KP=KP, BD=BD, num_warps=warps,
         )  # fmt: skip
     if S > 1:
@@ -196,34 +193,39 @@ def decode_residual_value_grad(codes: Codes, W_dec_FD, b_dec_D, target_BD) -> tu
 
 def pair_dots(codes: Codes, x_BD: Tensor, W_FD: Tensor) -> Tensor:
     """Equivalent to `reference.pair_dots`."""
-    values, indices, row_ptr, K = _parts(codes, W_FD)
+    values, indices, row_ptr, K = _slot_tensors(codes)
+    W_FD, x_BD = _matrix(W_FD), _floats(x_BD)
     (B, D), N = x_BD.shape, values.numel()
     KP, BD, warps = CHUNKS[W_FD.dtype]
     S = triton.cdiv(D, BD)
     dots_N = torch.empty_like(values)
     if N:
         dots_SN = _partial(dots_N, S)
-        _dots[(B, S)](
-            values, indices, row_ptr, x_BD.contiguous(), W_FD, dots_SN, N, K, D, KP=KP, BD=BD, num_warps=warps
-        )
+        _dots[(B, S)](values, indices, row_ptr, x_BD, W_FD, dots_SN, N, K, D, KP=KP, BD=BD, num_warps=warps)
         if S > 1:
             _add(dots_SN, dots_SN, dots_N, dots_N, N, 0, S)
     return dots_N
 
 
-def _parts(codes: Codes, W_FD: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Values, indices, row_ptr and K; flat codes have K = 0, row-wise codes any pointer for row_ptr."""
+def _slot_tensors(codes: Codes) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Values, indices, row_ptr and K. Flat codes have K = 0; row-wise codes have any pointer for row_ptr."""
+    values, indices, row_ptr = _floats(codes.values), codes.indices.contiguous(), codes.row_ptr
+    if row_ptr is not None:
+        return values, indices, row_ptr.contiguous(), 0
+    if K := values.shape[1]:
+        return values, indices, indices, K
+    return values, indices, indices.new_zeros(codes.batch + 1), 0
+
+
+def _floats(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
+
+
+def _matrix(W_FD: Tensor) -> Tensor:
+    """Raises ValueError for a type whose kernels are not shipped."""
     if W_FD.dtype not in CHUNKS:
         raise ValueError(f"a matrix of {W_FD.dtype}: the Triton kernels gather rows of float32 or bfloat16")
-    assert codes.values.dtype == torch.float32 and W_FD.is_contiguous(), (codes.values.dtype, W_FD.stride())
-    indices = codes.indices.contiguous()
-    rowwise = codes.row_ptr is None
-    return (
-        codes.values.contiguous(),
-        indices,
-        indices if rowwise else codes.row_ptr.contiguous(),
-        codes.values.shape[1] if rowwise else 0,
-    )
+    return W_FD.contiguous()
 
 
 def _partial(whole: Tensor, S: int) -> Tensor:

@@ -37,6 +37,7 @@ from saekit_kernels.triton.row_adam import (
     NUMBERS,
     adam,
     betas,
+    check_in_place,
     of_norm_1,
     row_adam_,
     step_factors,
@@ -269,8 +270,7 @@ def segment_adam_(
             csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, extra, adam
         )
     matrices = (W_dec, W_enc, m_dec, v_dec, m_enc, v_enc)
-    for t in matrices:
-        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    check_in_place(*matrices)
     row_sq_F = W_dec.new_empty(F)
     if not F:
         return row_sq_F
@@ -362,8 +362,7 @@ def _weight_grads(csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out) -> t
     F, D = len(csc.ptr) - 1, x_BD.shape[1]
     out_enc = x_BD.new_empty(F, D, dtype=torch.float32) if out[1] is None else out[1]
     out_dec = out[0] if out[0] is not None else torch.empty_like(out_enc) if two else out_enc
-    for t in (out_dec, out_enc):
-        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    check_in_place(out_dec, out_enc)
     total_F = out_enc.new_empty(F)
     if F:
         CH, BD, warps = SLICE

@@ -125,6 +125,16 @@ def betas(b1: float, b2: float, eps: float) -> tuple[float, float, float, float,
     return float(b1), float(b2), 1.0 - b1, 1.0 - b2, float(eps)
 
 
+def check_in_place(*matrices: Tensor) -> None:
+    """Raises ValueError for what a kernel could not write as rows of D floats."""
+    for t in matrices:
+        if t.dtype != torch.float32 or not t.is_contiguous():
+            raise ValueError(
+                f"a {t.dtype} matrix with strides {t.stride()}: the Triton path writes contiguous float32 matrices; "
+                "call .contiguous() on it first"
+            )
+
+
 def whole_block(D: int) -> int:
     """Block of a row that is whole in registers."""
     return max(min(WHOLE), triton.next_power_of_2(D))
@@ -133,8 +143,7 @@ def whole_block(D: int) -> int:
 def row_adam_(w, m, v, grad, *, step, lr, b1, b2, eps, unit_norm, grad_scale=None) -> None:
     """Equivalent to `reference.row_adam_`."""
     F, D = w.shape
-    for t in (w, m, v):
-        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    check_in_place(w, m, v)
     if not w.numel():
         return
     factors = step_factors(step, lr, b1, b2, grad_scale, w.device)
