@@ -163,7 +163,7 @@ def test_the_module_lists_what_it_ships(module):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped(), ids=list(shipped()))
 def test_it_compiles_as_promised(name, target, tmp_path):
     s, (device, shared_limit, marker, instruction) = shipped()[name], TARGETS[target]
     compiled = compile_for(s, device, aligned="unaligned" not in target)
