@@ -148,14 +148,15 @@ def test_tally_counts_and_makes_lists_longer():
 
 
 def test_a_row_alone_is_encoded_as_in_the_batch_and_runs_repeat_to_the_bit():
-    x, W, b = torch.randn(18, 20), torch.randn(150, 20), torch.randn(150)
-    together = run(x, W, b, RowCount(5)).codes
-    again = run(x, W, b, RowCount(5)).codes
-    assert torch.equal(together.values, again.values) and torch.equal(together.indices, again.indices)
-    for row in (0, 17):
-        alone = run(x[row : row + 1], W, b, RowCount(5)).codes
-        assert torch.equal(alone.values[0], together.values[row])
-        assert torch.equal(alone.indices[0], together.indices[row])
+    # row 16 stands in a tile of its own
+    x, W, b = torch.randn(17, 20), torch.randn(70, 20), torch.randn(70)
+    together, again = run(x, W, b, RowCount(5)).codes, run(x[14:], W, b, RowCount(5)).codes
+    alone = run(x[16:], W, b, RowCount(5)).codes
+    for part, lo in ((again, 14), (alone, 16)):
+        assert torch.equal(part.values, together.values[lo:])
+        assert torch.equal(part.indices, together.indices[lo:])
+    repeated = run(x[16:], W, b, RowCount(5)).codes
+    assert torch.equal(repeated.values, alone.values) and torch.equal(repeated.indices, alone.indices)
 
 
 def test_bf16_operands_b_in_and_scale():

@@ -67,7 +67,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-TILES = {"bf16": Tiles(128, 128, 64, 8, 3), "tf32": Tiles(128, 128, 32, 8, 3), "fp32": Tiles(64, 64, 32, 8, 2)}
+TILES = {"bf16": Tiles(128, 128, 64, 8, 3), "tf32": Tiles(128, 128, 32, 8, 3), "fp32": Tiles(128, 64, 16, 8, 2)}
 
 
 def repairing(tiles: Tiles) -> Tiles:
