@@ -133,6 +133,22 @@ def test_overflowed_lists_are_repaired(cap, repair_rows):
     assert tally["survivors_max"] > cap
 
 
+def test_keys_that_grow_from_feature_to_feature():
+    """Each tile fills the lists of rows that are repaired; they are cut at every tile, or for the last time when they hold the best."""
+    growing = torch.arange(1.0, 401)
+    pre = torch.stack([growing, torch.where(growing <= 256, growing, 0.5)]).repeat(2, 1)
+    options = Options(**{**SMALL, "repair_rows": 1}, phases=True, cap=8)
+    check(torch.eye(4), pre.T.contiguous(), torch.zeros(400), RowCount(7), options)
+
+
+def test_a_smaller_feature_outside_the_sample_wins_the_tie():
+    # 512 to 543 are sampled after 0 to 31; 128 to 159 come in phase 1, 32 to 63 in phase 2
+    pre = torch.full((1, 560), -1.0)
+    pre[0, 513:530] = pre[0, 130:136] = pre[0, 40:44] = 5
+    got = check(torch.ones(1, 1), pre.T.contiguous(), torch.zeros(560), RowCount(7))
+    assert got.codes.indices.tolist() == [[40, 41, 42, 43, 130, 131, 132]]
+
+
 def test_tally_counts_and_makes_lists_longer():
     workspace = Workspace()
     assert encode.tally(workspace) == {}
@@ -148,15 +164,13 @@ def test_tally_counts_and_makes_lists_longer():
 
 
 def test_a_row_alone_is_encoded_as_in_the_batch_and_runs_repeat_to_the_bit():
-    # row 16 stands in a tile of its own
-    x, W, b = torch.randn(17, 20), torch.randn(70, 20), torch.randn(70)
-    together, again = run(x, W, b, RowCount(5)).codes, run(x[14:], W, b, RowCount(5)).codes
-    alone = run(x[16:], W, b, RowCount(5)).codes
-    for part, lo in ((again, 14), (alone, 16)):
-        assert torch.equal(part.values, together.values[lo:])
-        assert torch.equal(part.indices, together.indices[lo:])
-    repeated = run(x[16:], W, b, RowCount(5)).codes
-    assert torch.equal(repeated.values, alone.values) and torch.equal(repeated.indices, alone.indices)
+    # row 16 stands in a tile of its own; whole numbers, for numpy rounds a sum by its place in the tile
+    x, W, b = integers(17, 70, 20, distinct=False)
+    together, alone = run(x, W, b, RowCount(5)).codes, run(x[16:], W, b, RowCount(5)).codes
+    assert torch.equal(alone.values, together.values[16:]) and torch.equal(alone.indices, together.indices[16:])
+    x, W, b = torch.randn(2, 20), torch.randn(70, 20), torch.randn(70)
+    once, again = run(x, W, b, RowCount(5)).codes, run(x, W, b, RowCount(5)).codes
+    assert torch.equal(once.values, again.values) and torch.equal(once.indices, again.indices)
 
 
 def test_bf16_operands_b_in_and_scale():
@@ -228,6 +242,9 @@ def test_row_mass():
     for t in (torch.linspace(0, 60, 6), torch.tensor([INF, 0.1, 1e9, 15.0, 30.0, 1e-30])):
         check(x, W, b, RowMass(t))
     check(x, W, b, RowMass(torch.full((6,), 40.0)), key="abs")
+    # norms 4 and 5: 4.5 is as near to one as to the other, and the fewer are kept
+    got = check(torch.ones(1, 1), torch.tensor([[3.0], [4], [-1]]), torch.zeros(3), RowMass(torch.tensor([4.5])))
+    assert got.codes.indices.tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -196,14 +196,13 @@ def filter_kernel(
         return
     row_M = row_tile * BM + tl.arange(0, BM)
     live_M = row_M < B
-    # a row that does not exist repeats the last one, and meets a bar that nothing reaches
+    # a row that does not exist repeats the last one, and its survivors are not counted
     row_M = tl.minimum(row_M, B - 1)
     column_N = tile * BN + tl.arange(0, BN)
     acc = _product(x_ptr, W_ptr, b_ptr, row_M, column_N, F, D16, BM, BN, BK, PRECISION, UPCAST)
     if FLAT:
         floor_N = tl.load(floor_ptr + column_N * floor_stride, mask=column_N < F, other=_NEVER)
-        floor_M = tl.where(live_M, 0, _NEVER)
-        acc = _passed(acc, tl.maximum(floor_N[None, :], floor_M[:, None]), scale_ptr, column_N, F, zero_upto, SCALED)
+        acc = _passed(acc, floor_N[None, :], scale_ptr, column_N, F, zero_upto, SCALED)
         n_M = tl.where(live_M, tl.sum((acc != 0).to(tl.int32), 1), 0)
         n = tl.sum(n_M, 0)
         if n > 0:
