@@ -17,8 +17,8 @@ test: .venv/tested
 
 # kernels in Triton's interpreter need a process of their own: the flag is read once, at import
 test-interpreter: .venv/tested
-	@if compgen -G "tests/interpreter/test_*.py" >/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter; \
-	else echo "test-interpreter: there are no Triton kernels yet"; fi
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python kernels/benchmarks/micro.py --tiny >/dev/null
 
 test-long: .venv/tested
 	@tests/chromium.sh
@@ -53,9 +53,11 @@ endif
 OUT ?= bench-gpu
 bench-gpu: GPU_PYTHON ?= $(BIN)/python
 bench-gpu: $(if $(GPU_PYTHON),,.venv/tested)
-	PYTHONPATH=.:kernels timeout 120 $(GPU_PYTHON) kernels/benchmarks/bench.py --device cuda --compute bf16 --shape 8192,2304,65536,64 \
+	-PYTHONPATH=.:kernels timeout 150 $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/interpreter
+	-PYTHONPATH=.:kernels timeout 90 $(GPU_PYTHON) kernels/benchmarks/micro.py --save --results $(OUT)/results.csv
+	PYTHONPATH=.:kernels timeout 60 $(GPU_PYTHON) kernels/benchmarks/bench.py --device cuda --compute bf16 --shape 8192,2304,65536,64 \
 	  --save --results $(OUT)/results.csv $(if $(OP),--op $(OP))
-	PYTHONPATH=.:kernels timeout 340 $(GPU_PYTHON) kernels/benchmarks/step.py --device cuda --save --results $(OUT)/results.csv --budget 200
+	PYTHONPATH=.:kernels timeout 180 $(GPU_PYTHON) kernels/benchmarks/step.py --device cuda --save --results $(OUT)/results.csv --budget 120
 
 study: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'

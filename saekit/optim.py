@@ -26,8 +26,8 @@ def default_lr(d_model: int, d_sae: int, steps: int | None) -> float:
 
 
 def learning_rate(variant: Variant, d_model: int, d_sae: int, steps: int | None) -> float:
-    """The variant's own rate, or the rule's."""
-    return default_lr(d_model, d_sae, steps) if variant.lr is None else variant.lr
+    """The variant's own rate, or its share of the rule's."""
+    return variant.lr_share * default_lr(d_model, d_sae, steps) if variant.lr is None else variant.lr
 
 
 def lr_scale(step: int, steps: int | None) -> float:

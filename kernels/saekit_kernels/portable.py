@@ -282,7 +282,7 @@ def _nearest_of_largest(ranked: Tensor, t_B: Tensor, n_largest: int) -> tuple[Te
     largest = ranked.topk(n_largest, dim=1).values
     count = (largest >= tiny).sum(1, keepdim=True)
     mass = largest.clamp(min=0).double().square_().cumsum_(1)
-    n, reaches_B = _nearest(mass, count, t_B)
+    n, reaches_B = nearest(mass, count, t_B)
     last = largest.gather(1, n - 1)
     next_ = largest.gather(1, n.clamp(max=n_largest - 1))
     # either the norm is reached, or there are no more positive keys; and no key beyond equals the last one
@@ -295,12 +295,12 @@ def _nearest_prefix(bits: Tensor, t_B: Tensor) -> Tensor:
     sorted_bits, order = torch.sort(bits, dim=1, descending=True, stable=True)
     mass = sorted_bits.view(torch.float32).double().square_().cumsum_(1)
     count = (sorted_bits > 0).sum(1, keepdim=True)
-    n, _ = _nearest(mass, count, t_B)
+    n, _ = nearest(mass, count, t_B)
     kept = torch.zeros_like(bits, dtype=torch.bool)
     return kept.scatter_(1, order, torch.arange(bits.shape[1], device=bits.device) < n.minimum(count))
 
 
-def _nearest(mass: Tensor, count: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(mass: Tensor, count: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
     """How many keys (B, 1) have a norm nearest to t, at least 1, and whether (B, 1) they reach t at all: the first n that
     reaches it, or the one before. A row that never reaches t keeps every positive key."""
     t = t_B.to(mass)[:, None]

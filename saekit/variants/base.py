@@ -43,6 +43,8 @@ class Variant:
 
     name: ClassVar[str]
     """Key in VARIANTS; `abs_topk` is typed abs-topk on the command line."""
+    lr_share: ClassVar[float] = 1.0
+    """Of the common rule for the learning rate."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     """Adam's."""
     saved: ClassVar[tuple[str, ...]] = ()
@@ -55,7 +57,7 @@ class Variant:
     d_sae: int | None = None
     """Number of features F; None = 16 × the width of the site."""
     lr: float | None = None
-    """Learning rate; None = the rule of docs/variants.md, from F and the number of steps."""
+    """Learning rate; None = the rule of docs/variants.md, from the width, F and the number of steps."""
     normalise: Literal["unit", "mean_square", "sqrt_d", "none"] = "unit"
     """Input scale, folded into the saved weights: `unit` makes the variance of an activation 1, `mean_square` its mean square,
     `sqrt_d` its mean norm √D."""

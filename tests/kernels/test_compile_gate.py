@@ -4,7 +4,7 @@ What must hold: no spilled registers, shared memory within the device's limit, m
 loads in gathers. Registers, shared memory and the number of instructions behind the last matrix instruction are kept in
 `kernels/saekit_kernels/triton/compiled.csv`, so that a change of them shows in review; after a change that is meant:
 
-    SAEKIT_REFRESH_COMPILED=1 python -m pytest tests/kernels/test_compile_gate.py
+    SAEKIT_REFRESH_COMPILED=1 python -m pytest -m "long or not long" tests/kernels/test_compile_gate.py
 """
 
 import csv
@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import functools
 import importlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -33,7 +32,7 @@ PACKAGE = Path(saekit_kernels.__file__).parent / "triton"
 TABLE = PACKAGE / "compiled.csv"
 MODULES = ("encode", "select", "decode", "grads", "row_adam")
 REFRESH = os.environ.get("SAEKIT_REFRESH_COMPILED") == "1"
-HOW = "if that is meant:  SAEKIT_REFRESH_COMPILED=1 python -m pytest tests/kernels/test_compile_gate.py"
+HOW = 'if that is meant:  SAEKIT_REFRESH_COMPILED=1 python -m pytest -m "long or not long" tests/kernels/test_compile_gate.py'
 TOLERANCE = 0.1
 
 # name → device, bytes of shared memory that a block may have, what the instructions of matrix products look like.
@@ -61,15 +60,11 @@ class Row(NamedTuple):
     """Instructions behind the last matrix instruction, None where there is no matrix product."""
 
 
-def exists(module: str) -> bool:
-    return importlib.util.find_spec(f"saekit_kernels.triton.{module}") is not None
-
-
 @functools.cache
 def shipped() -> dict:
     """Name in the table → Shipped. Constants do not tell float32 from bfloat16 matrices, so the name says it."""
     found = {}
-    for module in filter(exists, MODULES):
+    for module in MODULES:
         for s in getattr(importlib.import_module(f"saekit_kernels.triton.{module}"), "SHIPPED", ()):
             narrow = sorted({t[1:] for t in s.types.values() if t in ("*bf16", "*fp16")})
             name = " ".join([f"{module}.{s.name}", *narrow])
@@ -153,8 +148,6 @@ def measure(compiled, gemm: bool, instruction: str, folder: Path) -> tuple[int, 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_module_lists_what_it_ships(module):
-    if not exists(module):
-        pytest.skip(f"there is no triton/{module}.py yet")
     loaded = importlib.import_module(f"saekit_kernels.triton.{module}")
     listed = {s.kernel.__name__ for s in loaded.SHIPPED}
     calls = re.findall(r"(\w+)\[[^\]]*\]\(", (PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
@@ -162,8 +155,18 @@ def test_the_module_lists_what_it_ships(module):
     assert launched and launched <= listed, f"launched, but not in SHIPPED: {launched - listed}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", shipped(), ids=list(shipped()))
+def cases():
+    """Every set of constants for every target; the first set of each kernel at once, the others in the long run."""
+    seen = set()
+    for name, s in shipped().items():
+        first = s.kernel.__name__ not in seen
+        seen.add(s.kernel.__name__)
+        for target in TARGETS:
+            at_once = first and "unaligned" not in target
+            yield pytest.param(name, target, id=f"{name}-{target}", marks=() if at_once else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("name", "target"), list(cases()))
 def test_it_compiles_as_promised(name, target, tmp_path):
     s, (device, shared_limit, marker, instruction) = shipped()[name], TARGETS[target]
     compiled = compile_for(s, device, aligned="unaligned" not in target)

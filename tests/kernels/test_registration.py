@@ -74,7 +74,9 @@ def test_opcheck_gradients_and_optimizer():
     matrices = [W.clone(), W.clone(), *(torch.zeros_like(W) for _ in range(4))]
     for extra in ((None, None, None), (torch.tensor([3, 1]), torch.ones(2, W.shape[1]), torch.ones(2, W.shape[1]))):
         sums = (*csc, values, x, values, x)
-        torch.library.opcheck(ops._segment_adam_op, (*sums, *matrices, *extra, torch.tensor(1.0), 1e-3, 0.9, 0.99, 1e-8))
+        torch.library.opcheck(
+            ops._segment_adam_op, (*sums, *matrices, *extra, torch.tensor(1.0), 1e-3, 0.9, 0.99, 1e-8)
+        )
 
 
 @pytest.mark.parametrize("rule", [RowCount(3), BatchCount(9), Threshold(0.5)], ids=lambda r: type(r).__name__)

@@ -33,7 +33,7 @@ from saekit_kernels import portable
 from saekit_kernels.codes import Codes
 from saekit_kernels.portable import Encoder, Workspace
 from saekit_kernels.portable import key_bits as torch_key_bits
-from saekit_kernels.reference import Selected, batch_hint
+from saekit_kernels.reference import Selected
 from saekit_kernels.rules import BatchCount, ColumnCount, RowCount, RowMass, Rule, Threshold
 from saekit_kernels.triton import select
 from saekit_kernels.triton.select import SAMPLE, cut_in_order, zero_upto
@@ -513,17 +513,8 @@ class _Job:
             found = self.survivors(self.bar(bar.reshape(1)), most=2 * m + (1 << 16) if hinted else None)
             if not isinstance(found, int) and (len(found[0]) >= m or float(bar) <= 0):
                 break
-        place, value, bits = found
-        if len(bits) > m:
-            smallest = bits.topk(m, sorted=False).values.amin() if m else bits.amax()
-            kept = bits > smallest
-            if m:
-                # survivors stand in row order, so the first of the equal ones come by row, then by feature
-                equal = (bits == smallest).nonzero().squeeze(1)
-                kept[equal[: m - int(kept.sum())]] = True
-            place, value, bits = place[kept], value[kept], bits[kept]
-        smallest = bits.amin().view(torch.float32) if len(bits) else self.zeros(dtype=torch.float32)
-        return Selected(portable.flat_codes(place, value, self.B, self.F), smallest, batch_hint(smallest))
+        assert not isinstance(found, int), "the last bar is 0, and has no limit"
+        return portable.keep_batch(*found, m, self.B, self.F)
 
     def batch_bars(self, rule: BatchCount) -> Iterator[tuple[Tensor, bool]]:
         """Bars to try: the hint (the second entry says so); should it be too low or too high, two of a sample; 0."""
@@ -557,7 +548,7 @@ class _Job:
             place, value, bits = (torch.cat(part) for part in zip(*parts))
             place, order = place.sort()
             value, bits, bar_F = value[order], bits[order], bar_F.masked_fill(short_F, 0.0)
-        return self.column_codes(place, value, bits, m_F, bar_F)
+        return portable.keep_columns(place, value, bits, m_F, bar_F, self.B)
 
     def columns(self, feature_A: Tensor, m_F: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Survivors of whole columns: keys down to the 4 m-th, which is the next hint, and all that equal it."""
@@ -569,28 +560,6 @@ class _Job:
             floor_A = sorted_BA.gather(0, last_A[None]).clamp_(min=1)
             row, at = (bits_BA >= floor_A).nonzero(as_tuple=True)
             yield row * self.F + feature[at], pre_BA[row, at], bits_BA[row, at]
-
-    def column_codes(self, place, value, bits, m_F: Tensor, bar_F: Tensor) -> Selected:
-        """The m_j best of each column among survivors in row order."""
-        feature = place % self.F
-        # by feature, then key descending; the sort is stable and places ascend, so equal keys stay in row order
-        order = torch.sort((feature << 32) | (select.NEVER - bits.long()), stable=True).indices
-        sorted_feature = feature[order]
-        start_F1 = torch.searchsorted(sorted_feature, torch.arange(self.F + 1, device=place.device))
-        rank = torch.arange(len(order), device=place.device) - start_F1[sorted_feature]
-        kept = torch.zeros(len(order), dtype=torch.bool, device=place.device)
-        kept[order] = rank < m_F[sorted_feature]
-        # one entry more than there are: what a column without survivors points at
-        key_N1 = torch.cat([bits[order], bits.new_zeros(1)]).view(torch.float32)
-        count_F = start_F1.diff()
-
-        def key_at(rank_F: Tensor) -> Tensor:
-            inside = (rank_F >= 0) & (rank_F < count_F)
-            return torch.where(inside, key_N1[torch.where(inside, start_F1[:-1] + rank_F, 0)], 0.0)
-
-        threshold_F = key_at(torch.minimum(m_F, count_F) - 1)
-        hint_F = torch.where(4 * m_F <= count_F, key_at(4 * m_F - 1), bar_F).nan_to_num(0.0, 0.0)
-        return Selected(portable.flat_codes(place[kept], value[kept], self.B, self.F), threshold_F, hint_F)
 
 
 def _nearest_mass(place: Tensor, bits: Tensor, t_B: Tensor, n_features: int) -> Tensor:
@@ -605,14 +574,7 @@ def _nearest_mass(place: Tensor, bits: Tensor, t_B: Tensor, n_features: int) -> 
         return torch.zeros_like(bits, dtype=torch.bool)
     key = torch.zeros(rows, longest, dtype=torch.float64, device=device)
     key[row, rank] = bits[order].view(torch.float32).double()
-    mass, t = key.square().cumsum(1), t_B.double()[:, None]
-    count = start_B1.diff()[:, None]
-    n = (mass < t.square()).sum(1, keepdim=True) + 1
-    n = torch.where(t > 0, n, 1).minimum(count).clamp_(min=1)
-    reached = (mass.gather(1, n - 1).sqrt_() - t).abs_()
-    before = (mass.gather(1, (n - 2).clamp_(min=0)).sqrt_() - t).abs_()
-    # a row that never reaches t keeps every positive key
-    n = torch.where((n > 1) & (before <= reached) & (mass[:, -1:] >= t.square()), n - 1, n)
+    n, _ = portable.nearest(key.square().cumsum(1), start_B1.diff()[:, None], t_B)
     kept = torch.zeros_like(bits, dtype=torch.bool)
     kept[order] = rank < n.squeeze(1)[row]
     return kept
