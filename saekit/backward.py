@@ -173,26 +173,19 @@ def sparse(trainer: "Trainer", x_BD: Tensor, at: Moment, rule: Rule, share: floa
     gradients = dict(leaf_grads)
     centred_BD = x_BD - p["b_dec"]
     aux = _aux(trainer, x_BD, residual_BD, share, named)
-    segments, b_enc_F = [], []
+    segments, sums = [], []
     for part in parts:
         slots = slice(None) if part.slots is None else part.slots
-        segment = Segment(
-            part.first,
-            part.last,
-            part.csc,
-            codes.values[slots] * slope,
-            part.residual_BD,
-            g_pre[slots],
-            centred_BD,
-            None,
+        coef_dec, coef_enc = codes.values[slots] * slope, g_pre[slots]
+        mine = None if aux is None else _between(aux, part.first, part.last)
+        segments.append(
+            Segment(part.first, part.last, part.csc, coef_dec, part.residual_BD, coef_enc, centred_BD, mine)
         )
-        if aux is not None:
-            segment.aux = _between(aux, part.first, part.last)
-        segments.append(segment)
-        b_enc_F.append(feature_sums(part.csc, g_pre[slots]))
-    _add(gradients, "b_enc", torch.cat(b_enc_F))
+        sums.append(feature_sums(part.csc, coef_enc))
+    g_b_enc = torch.cat(sums)
+    _add(gradients, "b_enc", g_b_enc)
     # the second term goes through x − b_dec
-    _add(gradients, "b_dec", parts[0].residual_BD.sum(0) * slope - torch.cat(b_enc_F) @ p["W_enc"])
+    _add(gradients, "b_dec", parts[0].residual_BD.sum(0) * slope - g_b_enc @ p["W_enc"])
     if aux is not None:
         gradients["b_enc"][aux.ids_A] += aux.b_enc_A
         gradients["b_dec"] -= aux.b_enc_A @ p["W_enc"][aux.ids_A]
