@@ -13,6 +13,7 @@ from saekit import backward, losses, optim, synthetic
 from saekit.errors import SaekitError
 from saekit.ranks import Ranks
 from saekit.trainer import InputStatistics, Trainer, generator
+from saekit.variants import VARIANTS
 
 
 def dense_gradients(trainer, x_BD, dead=None):
@@ -247,6 +248,10 @@ def test_schedule():
     # shorter than 215 steps it stays: √(24,000/215) = 10.565
     assert optim.default_lr(768, 2**14, 10) == pytest.approx(2e-4 * 10.565, rel=1e-4)
     assert optim.default_lr(64, 64, 10) == 0.01
+    # each variant its share of it
+    shares = {name: optim.learning_rate(cls(d_sae=2**14), 768, 2**14, None) / 2e-4 for name, cls in VARIANTS.items()}
+    assert {name: round(share, 6) for name, share in shares.items() if share != 1} == {"relu": 2.0, "jumprelu": 0.5}
+    assert optim.learning_rate(sk.ReLU(d_sae=64, lr=3e-3), 768, 64, None) == 3e-3
 
 
 def test_generators_of_different_purposes_share_nothing():

@@ -14,6 +14,8 @@ class ReLU(Penalised):
     """
 
     name: ClassVar[str] = "relu"
+    # FVU 0.135 instead of 0.145, and no feature falls silent for it (docs/variants.md)
+    lr_share: ClassVar[float] = 2.0
 
     def rule(self, at):
         from saekit_kernels import Threshold
