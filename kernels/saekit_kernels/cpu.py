@@ -142,12 +142,12 @@ def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = 
 
     (2048, 768, 24576, 32), a 75 MB result: in blocks 9.4, at once 36.8 for the page faults of a fresh matrix.
     """
-    token, coef, total_F = portable.segment_coefs(csc, coef_N)
+    token, coef = portable.firings(csc, coef_N)
     out = rows_BD.new_empty(len(csc.ptr) - 1, rows_BD.shape[1]) if out is None else out
     parts = blocks(*out.shape)
-    for at, (firings, ptr) in zip(parts, cuts(csc.ptr, parts), strict=True):
-        out[at] = portable.bags(ptr, token[firings], coef[firings], rows_BD)
-    return out, total_F
+    for at, (mine, ptr) in zip(parts, cuts(csc.ptr, parts), strict=True):
+        out[at] = portable.bags(ptr, token[mine], coef[mine], rows_BD)
+    return out, portable.totals(csc, coef)
 
 
 def weight_grads(
@@ -188,8 +188,7 @@ def segment_adam_(
 ) -> Tensor:  # fmt: skip
     """Equivalent to `reference.segment_adam_`: no gradient outlives its block."""
     step = torch.as_tensor(step, dtype=torch.float32)
-    token, coef_dec, _ = portable.segment_coefs(csc, coef_dec_N)
-    coef_enc = coef_enc_N.reshape(-1).index_select(0, csc.pair_N[: len(token)])
+    token, coef_dec, coef_enc = portable.firings(csc, coef_dec_N, coef_enc_N)
     row_sq_F, parts = torch.empty(len(W_dec)), blocks(*W_dec.shape)
     ids, *rows = extra or (token.new_empty(0), None, None)
     # in order, so that the extra rows of a block are neighbours
@@ -200,10 +199,10 @@ def segment_adam_(
         (coef_dec, residual_BD, W_dec, m_dec, v_dec, rows[0], True),
         (coef_enc, x_BD, W_enc, m_enc, v_enc, rows[1], False),
     )
-    for at, (firings, ptr), (first, last) in zip(parts, cuts(csc.ptr, parts), pairwise(ends), strict=True):
+    for at, (mine, ptr), (first, last) in zip(parts, cuts(csc.ptr, parts), pairwise(ends), strict=True):
         sq = []
         for coef, source_BD, w, m, v, more, unit_norm in sides:
-            g = portable.bags(ptr, token[firings], coef[firings], source_BD)
+            g = portable.bags(ptr, token[mine], coef[mine], source_BD)
             if more is not None and last > first:
                 g.index_add_(0, ids[first:last] - at.start, more[first:last])
             if unit_norm:

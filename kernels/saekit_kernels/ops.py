@@ -12,6 +12,8 @@ that handles its gradients itself:
     grads = segment_weight_grads(out.csc, -2 * s * out.codes.values, residual_BD, -2 * s * dv, x_BD - b_dec, out=buffers)
     row_adam_(W_dec, m, v, grads.W_dec_FD, step=t, lr=lr, b1=0.9, b2=0.999, eps=1e-8, unit_norm=True)
 
+`segment_adam_` is the last two for both matrices, with no gradient in memory.
+
 B tokens · D width · F features · K slots per row · N slots in the batch · A dead features
 """
 

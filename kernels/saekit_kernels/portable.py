@@ -362,30 +362,33 @@ def build_csc(codes: Codes) -> Csc:
     return Csc(ptr, pair_N.int(), token_N.int())
 
 
-def segment_coefs(csc: Csc, coef_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, coef, Σ coef by feature) of the firings, ordered by feature."""
+def firings(csc: Csc, *coefs: Tensor) -> tuple[Tensor, ...]:
+    """(token, then each of the coefficients) of the firings, ordered by feature."""
     n = int(csc.ptr[-1])
-    coef = coef_N.reshape(-1).index_select(0, csc.pair_N[:n])
-    total_F = torch.segment_reduce(coef, "sum", offsets=csc.ptr.long(), initial=0.0)
-    return csc.token_N[:n], coef, total_F
+    return csc.token_N[:n], *(coef_N.reshape(-1).index_select(0, csc.pair_N[:n]) for coef_N in coefs)
+
+
+def totals(csc: Csc, coef: Tensor) -> Tensor:
+    """Σ over each feature's firings of a coefficient that is ordered by feature."""
+    return torch.segment_reduce(coef, "sum", offsets=csc.ptr.long(), initial=0.0)
 
 
 def segment_sum(csc: Csc, coef_N: Tensor, rows_BD: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Equivalent to `reference.segment_sum`; the rows of a feature are added in order."""
-    token, coef, total_F = segment_coefs(csc, coef_N)
+    token, coef = firings(csc, coef_N)
     sums_FD = bags(csc.ptr, token, coef, rows_BD)
-    return (sums_FD if out is None else out.copy_(sums_FD)), total_F
+    return (sums_FD if out is None else out.copy_(sums_FD)), totals(csc, coef)
 
 
 def weight_grads(csc: Csc, coef_dec_N, residual_BD, coef_enc_N, x_BD, out=(None, None), sums=segment_sum):
-    """Both weight gradients and the encoder bias's: two `segment_sum`, whose second also adds up the coefficients."""
+    """Equivalent to `reference.weight_grads`: two `segment_sum`, whose second also adds up the coefficients."""
     W_dec_FD, _ = sums(csc, coef_dec_N, residual_BD, out[0])
     return (W_dec_FD, *sums(csc, coef_enc_N, x_BD, out[1]))
 
 
 def feature_sums(csc: Csc, coef_N: Tensor) -> Tensor:
-    """Σ coef over each feature's firings."""
-    return segment_coefs(csc, coef_N)[2]
+    """Equivalent to `reference.feature_sums`."""
+    return totals(csc, firings(csc, coef_N)[1])
 
 
 def bags(ptr: Tensor, token: Tensor, coef: Tensor, rows_BD: Tensor) -> Tensor:
