@@ -86,6 +86,17 @@ def inputs(B: int, D: int, F: int, K: int, device: str, batches: int = 1):
     return (x / x.square().sum(1).mean().sqrt()).to(device), W.to(device)
 
 
+def shape_of(text: str) -> tuple[int, int, int, int]:
+    """ "B,D,F,K" as numbers; argparse makes a line of the error."""
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(n.strip().isdigit() and int(n) for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; pass four numbers B,D,F,K such as 2048,768,24576,32")
+    B, D, F, K = map(int, numbers)
+    if K > F:
+        raise argparse.ArgumentTypeError(f"{text!r}: K = {K} features of F = {F} cannot be kept; lower K")
+    return B, D, F, K
+
+
 def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
@@ -263,7 +274,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", action="append", default=[])
+    parser.add_argument("--shape", action="append", default=[], type=shape_of, help="B,D,F,K; can be given again")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--save", action="store_true")
@@ -276,7 +287,7 @@ def main():
     for line in explain(args.device):
         print(f"{line.op}: {line.path} ({line.reason})")
     run = time.strftime("%Y-%m-%dT%H:%M:%S")
-    for shape in [tuple(map(int, s.split(","))) for s in args.shape] or SHAPES:
+    for shape in args.shape or SHAPES:
         x, W = inputs(*shape, args.device)
         own, plain, rows = Own(x, W, shape[3], args.compute), Plain(x, W, shape[3]), []
         theirs = float((x - plain.codes() @ W).square().sum(1).mean())

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -67,7 +68,7 @@ def few(truth: dict[str, float]) -> float:
     return min(1.0, truth["dead"] / (truth["D"] // 2))
 
 
-class Provider:
+class Provider(ABC):
     """One training step. `prepare` is not timed: it marks the dead features again."""
 
     package: str
@@ -76,24 +77,27 @@ class Provider:
         """Copies the weights."""
         self.problem = problem
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> None:  # noqa: B027  (not every provider keeps counters)
+        """Marks the dead features again."""
 
+    @abstractmethod
     def step(self, x_BD: Tensor) -> None:
-        raise NotImplementedError
+        """The whole step on a batch (B, D)."""
 
+    @abstractmethod
     def losses(self) -> dict[str, float]:
-        raise NotImplementedError
+        """Of the last step, in the provider's own scale."""
 
+    @abstractmethod
     def weights(self) -> tuple[Tensor, Tensor]:
         """W_enc and W_dec, (F, D)."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def expected(truth: dict[str, float]) -> dict[str, float]:
         """The losses of the first step, from `truth`: means over tokens of ‖e‖² (`sq`), of ‖x − mean‖² (`var`), of ‖e − mean‖²
         (`spread`), and with AuxK of ‖e − ê‖² where ê is made of the largest positive (`aux`) or signed (`aux_signed`)
         pre-activations of dead features; e = x − x̂; D, and how many are `dead`."""
-        raise NotImplementedError
 
 
 class Saekit(Provider):

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import RESULTS, append, device_name, inputs, spread, versions
+from bench import RESULTS, append, device_name, inputs, shape_of, spread, versions
 from peers import LABELS, PROVIDERS, from_peers
 from torch import Tensor
 
@@ -51,6 +51,7 @@ DEAD_SHARE, BATCHES = 0.03, 3
 TOLERANCE = {"fp32": 2e-5, "tf32": 5e-3, "bf16": 5e-3}
 # of CPU time that idle workers, and other programs, may take from a timed step before a warning is printed
 STOLEN, BUSY = 0.005, 0.05
+# seconds in which the threads of the one timed before go to sleep
 SETTLE = 0.05
 
 
@@ -228,6 +229,8 @@ class Result:
         self.error = self.peak_mb = float("nan")
         self.info: dict = {}
         self.passed = False
+        self.count, self.warm = 1, 0
+        """Steps per round, and untimed ones before them."""
 
     @property
     def median(self) -> float:
@@ -509,7 +512,7 @@ def plot(path: Path, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "table", "plot"], default="run")
-    parser.add_argument("--shape", action="append", default=[], help="B,D,F,K; can be given again")
+    parser.add_argument("--shape", action="append", default=[], type=shape_of, help="B,D,F,K; can be given again")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="default: all; saekit always runs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--aux", action="store_true", help="AuxK on, with 3 %% of features dead")
@@ -542,7 +545,7 @@ def main() -> int:
     if wanted is None and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         print("torch.compile is left out: there is no C++ compiler here")
         options.provider = [n for n in options.provider if not n.endswith("-compiled")]
-    shapes = [tuple(map(int, s.split(","))) for s in options.shape]
+    shapes = options.shape
     if not shapes:
         shapes = QUICK if options.quick else SHAPES if options.device == "cpu" else GPU_SHAPES
     if options.quick:
