@@ -28,6 +28,28 @@ def quiet_progress(monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
 
 
+def bf16_units(patch: pytest.MonkeyPatch, present: bool):
+    """From here on this machine seems to have matrix units for bf16, or none."""
+    import torch
+
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        patch.setattr(torch.cpu, name, lambda: present)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fp32_on_every_machine():
+    """`auto` means fp32 in this process, whatever the machine has; tests of bf16 ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        bf16_units(patch, False)
+        yield
+
+
+@pytest.fixture
+def bf16_by_default(monkeypatch):
+    """`auto` means bf16 in this test. Without the units it is slow and right."""
+    bf16_units(monkeypatch, True)
+
+
 @pytest.fixture
 def nan_in_fresh_memory_one_thread_one_seed():
     """For kernels: memory that nobody wrote shows, since torch fills fresh tensors with NaN (integers: the largest one).

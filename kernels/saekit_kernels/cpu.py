@@ -35,6 +35,7 @@ __all__ = [
 # private in torch: where it is missing, row_adam_ runs on the portable path
 FUSED_ADAM = getattr(torch, "_fused_adam_", None)
 BLOCK_BYTES = 3 << 20
+INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 with warnings.catch_warnings():
     # torch says once per process that CSR tensors are in beta; ours are checked by test
@@ -47,7 +48,7 @@ def encode_select(
 ) -> Selected:
     """Equivalent to `reference.encode_select` for `RowCount` with key "relu" or "abs" and no scale."""
     assert isinstance(rule, RowCount) and key in ("relu", "abs") and scale_F is None
-    encoder = portable.Encoder(x_BD, W_enc_FD, b_enc_F, b_in_D, compute, workspace)
+    encoder = portable.encoder_of(x_BD, W_enc_FD, b_enc_F, b_in_D, compute, workspace)
     return portable.row_count(encoder, rule.k, lambda pre: top_columns(pre, rule.k, key), key, None)
 
 
@@ -93,7 +94,7 @@ def _largest(value: Tensor, k: int, key: str) -> Tensor:
     Negative values come last in any order, which "relu" does not mind; a NaN of negative sign is found by the caller.
     """
     value = value.abs() if key == "abs" else value.contiguous()
-    return value.view(torch.int32).topk(k, dim=1, sorted=False).indices
+    return value.view(INTEGER[value.dtype]).topk(k, dim=1, sorted=False).indices
 
 
 def as_csr(codes: Codes, values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Selection: the worked example, the edge cases, and every fast path against the reference.
 
-Inputs are small integers, so that every pre-activation is exact and paths may be compared to the bit.
+Inputs are small integers, so that every pre-activation is exact and paths may be compared to the bit. All of it runs with the
+encoder product in fp32 and in bf16, whether or not this machine has units for that; what needs fp32 says so.
 """
 
 import math
@@ -27,6 +28,16 @@ PATHS = ["reference", "portable", "cpu"]
 FLAT_PATHS = ["reference", "portable"]
 NAN, INF = float("nan"), float("inf")
 PRE = torch.tensor([[3.0, -5, 1, 0.5], [2, 2, -1, 4]])
+fp32_alone = pytest.mark.parametrize("compute", ["fp32"], indirect=True)
+bf16_alone = pytest.mark.parametrize("compute", ["bf16"], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=["fp32", "bf16"])
+def compute(request):
+    """The default of `encode_select`."""
+    if request.param == "bf16":
+        request.getfixturevalue("bf16_by_default")
+    return request.param
 
 
 def encode_pre(pre_BF, path, rule, key="relu", **options):
@@ -156,6 +167,7 @@ def test_row_count_against_reference(path, key, batch, n_features, k):
     assert torch.equal(got.dense()[kept], (x @ W.T + b)[kept])
 
 
+@fp32_alone
 @pytest.mark.parametrize("path", PATHS)
 def test_index_sets_where_no_keys_tie(path):
     # b_enc_j = j · 2⁻¹⁵ makes the keys of a row distinct, and all sums are exact
@@ -169,7 +181,7 @@ def test_index_sets_where_no_keys_tie(path):
 
 ROWS = {
     "all equal": torch.ones(400),
-    "all negative": -torch.arange(1.0, 401),
+    "all negative": -torch.arange(1.0, 257).repeat_interleave(2)[:400],
     "three positives": torch.cat([torch.tensor([5.0, 1, 3]), -torch.ones(397)]),
     "quantised": (torch.arange(400.0) * 7919 % 13 - 6) / 4,
     "zeros of both signs": torch.tensor([0.0, -0.0] * 200),
@@ -294,6 +306,7 @@ def test_row_mass_against_reference():
         assert_well_formed(got)
 
 
+@fp32_alone
 @pytest.mark.parametrize("key", ["relu", "abs"])
 @pytest.mark.parametrize("first", [0.0, 3.0, 1e9], ids=["too few", "about right", "all"])
 def test_row_mass_whatever_its_guess_is(key, first, monkeypatch):
@@ -435,7 +448,7 @@ def test_a_row_is_encoded_alike_alone_and_in_any_batch(path, name):
             assert torch.equal(encode(x[i : i + 1], t[i : i + 1])[0], together[i])
 
 
-def test_blocks_of_rows_and_a_kept_buffer_change_nothing(monkeypatch):
+def test_blocks_of_rows_and_a_kept_buffer_change_nothing(monkeypatch, compute):
     x, W, b = integers(1000, 64, seed=3)
     small = Workspace()
     whole = encode_select(x, W, b, rule=RowCount(5)).codes
@@ -443,16 +456,17 @@ def test_blocks_of_rows_and_a_kept_buffer_change_nothing(monkeypatch):
         rule = RULES[name](1000, 64)
         want = encode_select(x, W, b, rule=rule)
 
-        class SmallBlocks(portable.Encoder):
-            def __init__(self, *args):
-                super().__init__(*args)
-                self.rows = 37
+        def small_blocks(*args, of=portable.encoder_of):
+            encoder = of(*args)
+            encoder.rows = 37
+            return encoder
 
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(portable, "Encoder", SmallBlocks)
+            patch.setattr(portable, "encoder_of", small_blocks)
             got = encode_select(x, W, b, rule=rule, workspace=small)
         assert torch.equal(got.codes.values, want.codes.values) and torch.equal(got.codes.indices, want.codes.indices)
-    assert small.nbytes == 37 * 64 * 4
+    # in bf16 also the operands, 32 columns wide
+    assert small.nbytes == (37 * 64 * 4 if compute == "fp32" else 2 * (37 * 64 + (1000 + 64) * 32))
     # what was returned before does not lie in the buffer
     with torch.no_grad():
         kept = encode_select(x, W, b, rule=RowCount(5), workspace=small).codes
@@ -493,6 +507,52 @@ def test_large_k_and_odd_widths():
             assert torch.equal(ranked.gather(1, column).sort(dim=1, descending=True).values, want)
 
 
+# Products in bf16
+
+
+@bf16_alone
+@pytest.mark.parametrize("key", ["relu", "abs"])
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("cpu", RowCount(32)),
+        ("portable", RowCount(32)),
+        ("portable", BatchCount(1234)),
+        ("portable", ColumnCount(torch.arange(900) % 7)),
+        ("portable", RowMass(torch.linspace(10, 50, 120))),
+        ("portable", Threshold(7.77)),
+        ("portable", Threshold(torch.linspace(0, 9, 900), margin=0.3)),
+    ],
+    ids=lambda case: case if isinstance(case, str) else type(case).__name__,
+)
+def test_bf16_selects_exactly_among_its_rounded_pre_activations(path, rule, key):
+    """Real numbers this time: keys are rounded to bf16, bars and masses are not."""
+    x, W, b = torch.randn(120, 40), torch.randn(900, 40), torch.randn(900)
+    with torch.no_grad(), using(path):
+        # all of them, from a product of the same shape
+        pre = next(portable.encoder_of(x, W, b, None, "bf16", None).blocks())[1].float()
+        torch.testing.assert_close(pre, x @ W.T + b, rtol=2e-2, atol=2e-1)
+        got = encode_select(x, W, b, rule=rule, key=key)
+    want = reference.encode_select(pre, torch.eye(900), torch.zeros(900), rule=rule, key=key)
+    assert got.codes.values.dtype == torch.float32 and got.codes.values.numel()
+    assert_same_row_values(got.codes, want.codes)
+    if not isinstance(rule, RowCount):
+        assert torch.equal(got.codes.indices, want.codes.indices)
+    if got.threshold is not None:
+        torch.testing.assert_close(got.threshold, want.threshold, rtol=0, atol=0)
+
+
+@bf16_alone
+@pytest.mark.parametrize("b", [1e-3, 3.14159, -1000.1, INF, -INF])
+def test_bf16_keeps_an_encoder_bias_to_sixteen_bits(b):
+    x, W = torch.zeros(3, 5), torch.ones(70, 5)
+    encoder = portable.encoder_of(x, W, torch.full((70,), b), None, "bf16", None)
+    narrow = encoder.columns(torch.tensor([3]))
+    assert narrow.unique().tolist() == [torch.tensor(b).bfloat16().item()]
+    operand = encoder.W_enc_FD[:, 5:7].double().sum(1)
+    assert operand.unique().tolist() == [pytest.approx(b, rel=2.0**-16)]
+
+
 # What a user can get wrong
 
 
@@ -529,13 +589,10 @@ def test_refusals_of_rules_and_shapes():
         encode_select(torch.zeros(2, 5), torch.eye(4), torch.zeros(4), rule=RowCount(1))
 
 
+@fp32_alone
 def test_bf16_is_refused_with_the_reason_where_the_cpu_has_no_units():
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        got = encode_select(PRE, torch.eye(4), torch.zeros(4), rule=RowCount(2), compute="bf16").codes
-        assert as_dicts(got)[0] == {0: 3, 2: 1}
-    else:
-        with pytest.raises(ValueError, match=r'compute="bf16" cannot run: this CPU has neither AMX nor AVX512-BF16'):
-            encode_select(PRE, torch.eye(4), torch.zeros(4), rule=RowCount(2), compute="bf16")
+    with pytest.raises(ValueError, match=r'compute="bf16" cannot run: this CPU has neither AMX nor AVX512-BF16'):
+        encode_select(PRE, torch.eye(4), torch.zeros(4), rule=RowCount(2), compute="bf16")
 
 
 def test_a_workspace_is_refused_where_a_graph_is_recorded():

@@ -445,6 +445,7 @@ class Chosen(Revived):
     """A selection that is none of the rules: ReLU, by `select`."""
 
     name: ClassVar[str] = "chosen"
+    lr_share: ClassVar[float] = sk.ReLU.lr_share
 
     def select(self, pre_BF):
         return pre_BF.relu()
