@@ -398,7 +398,7 @@ def test_an_open_gate_without_magnitude_is_no_firing(store, trained, tmp_path):
     open_BF = (x_BD - sae.b_dec) @ sae.W_enc.T + sae.b_enc > 0
     assert (open_BF & (c_BF == 0)).sum() > 1000 and (c_BF > 0).sum() > 1000
     clear_F = ~close_BF.any(0).numpy()
-    assert clear_F.mean() > 0.8
+    assert clear_F.mean() > 0.6
     assert index.column("n")[clear_F].tolist() == (c_BF > 0).sum(0).numpy()[clear_F].tolist()
     assert (index.column("n_neg") == 0).all() and index.check() == []
 

@@ -109,8 +109,8 @@ def rules(inputs: Inputs, key: str) -> dict[str, Rule]:
 
     # hints as they come: of a batch before this one
     before = inputs._replace(x_BD=integers(24, int(inputs.x_BD.nan_to_num().abs().max()) if B else 3, seed=7).x_BD)
-    hint = encode_select(*before, rule=BatchCount(50), key=key).hint
-    hint_F = encode_select(*before, rule=ColumnCount(few_F), key=key).hint
+    hint = encode_select(*before, rule=BatchCount(50), key=key, compute="fp32").hint
+    hint_F = encode_select(*before, rule=ColumnCount(few_F), key=key, compute="fp32").hint
     assert hint is not None and hint_F is not None
     some_F = hint_F.clone()
     some_F[::3], some_F[1::6], some_F[2::6], some_F[4::6] = 1e9, torch.nan, torch.inf, -1.0

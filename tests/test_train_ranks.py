@@ -28,6 +28,9 @@ CHILD = """
 import os, signal, sys
 sys.stdout, sys.stderr = open(said + ".out", "w", buffering=1), open(said + ".err", "w", buffering=1)
 os.environ.update(environment)
+import torch
+# as in the process of the tests
+torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
 from saekit import cli
 from saekit.trainer import Trainer
 kind, at, rank = signalled

@@ -34,7 +34,8 @@ __all__ = [
 
 # private in torch: where it is missing, row_adam_ runs on the portable path
 FUSED_ADAM = getattr(torch, "_fused_adam_", None)
-BLOCK_BYTES = 3 << 20
+BLOCK_BYTES = 6 << 20
+GROUP = 8
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 with warnings.catch_warnings():
@@ -55,18 +56,18 @@ def encode_select(
 def top_columns(pre: Tensor, k: int, key: str) -> Tensor:
     """k columns per row that hold a largest k, in any order: int64 (rows, k). Exact, by group maxima.
 
-    1. Split the columns into groups of 4, strided, so that the maxima are one vector operation; again while it pays.
+    1. Split the columns into groups of 8, strided, so that the maxima are one vector operation; again while it pays.
     2. Take the k groups with the largest maxima: fewer than k groups have a maximum above the k-th largest of these, so the
        members of the chosen groups hold a largest k.
-    3. Those 4k members (and the up to 3 columns left over) are the candidates of the level below.
+    3. Those 8k members (and the up to 7 columns left over) are the candidates of the level below.
 
-    30 against 55 for `torch.topk` on whole rows, half of it in the three small `topk`; groups of (8), (16), (8, 8), (8, 4)
-    take 2 to 8 more.
+    AMX machine, two threads, (1024, 24576), k = 32, ms by key: bf16 11 and 17 (abs), fp32 11 and 21, `torch.topk` on whole rows
+    of bf16 21. Groups of 4: 12, 28, 14, 54; of 16: 15, 19, 14, 20. Zen 3, fp32: groups of 4 a tenth faster than these.
     """
     levels, top = [], pre
-    while top.shape[1] > 8 * k and top.shape[1] // 4 >= k:
-        stride = top.shape[1] // 4
-        groups = top[:, : 4 * stride].unflatten(1, (4, stride))
+    while top.shape[1] > 2 * GROUP * k and top.shape[1] // GROUP >= k:
+        stride = top.shape[1] // GROUP
+        groups = top[:, : GROUP * stride].unflatten(1, (GROUP, stride))
         levels.append((top, stride))
         if key == "abs" and top is pre:
             top = torch.maximum(groups.amax(1), groups.amin(1).neg_())
@@ -74,14 +75,14 @@ def top_columns(pre: Tensor, k: int, key: str) -> Tensor:
             top = groups.amax(1)
     column = _largest(top, k, key)
     for level, stride in reversed(levels):
-        offset = torch.arange(0, 4 * stride, stride, device=level.device)
+        offset = torch.arange(0, GROUP * stride, stride, device=level.device)
         candidate = (column[:, None, :] + offset[:, None]).flatten(1)
-        if level.shape[1] > 4 * stride:
-            rest = torch.arange(4 * stride, level.shape[1], device=level.device)
+        if level.shape[1] > GROUP * stride:
+            rest = torch.arange(GROUP * stride, level.shape[1], device=level.device)
             candidate = torch.cat([candidate, rest.expand(len(level), -1)], dim=1)
         column = candidate.gather(1, _largest(level.gather(1, candidate), k, key))
     # maxima carry a NaN upwards, so the top level and the columns left over show every one
-    seen = [top, *(level[:, 4 * stride :] for level, stride in levels if level.shape[1] > 4 * stride)]
+    seen = [top, *(level[:, GROUP * stride :] for level, stride in levels if level.shape[1] > GROUP * stride)]
     if any(bool(part.amax().isnan()) for part in seen if part.numel()):
         bad = torch.stack([part.amax(1).isnan() for part in seen]).any(0)
         column[bad] = portable.top_columns(pre[bad], k, key, None)
@@ -124,8 +125,8 @@ def decode_residual_value_grad(codes: Codes, W_dec_FD, b_dec_D, target_BD) -> tu
 def blocks(n_features: int, width: int) -> list[slice]:
     """Features in blocks whose rows of a gradient stay in the cache.
 
-    Sums, projection, Adam and norm of both matrices at (2048, 768, 24576, 32), two threads, ms by bytes of a block: 0.4 MB 69,
-    0.8 MB 58, 1.5 MB 47, 3 MB 45, 6 MB 55; the same through whole gradients 205.
+    Sums, projection, Adam and norm of both matrices at (2048, 768, 24576, 32), two threads, ms by bytes of a block: Zen 3 with
+    32 MB of L3 0.8 MB 58, 1.5 MB 47, 3 MB 45, 6 MB 55, whole gradients 205; Xeon with 480 MB @@
     """
     rows = max(16, BLOCK_BYTES // (4 * max(1, width)))
     return [slice(lo, min(lo + rows, n_features)) for lo in range(0, n_features, rows)]
@@ -200,6 +201,8 @@ def segment_adam_(
         (coef_dec, residual_BD, W_dec, m_dec, v_dec, rows[0], True),
         (coef_enc, x_BD, W_enc, m_enc, v_enc, rows[1], False),
     )
+    # `vecdot` and its kind give the product of a block fresh memory, and its page faults cost more than the product
+    product = torch.empty_like(W_dec[parts[0]]) if parts else None
     for at, (mine, ptr), (first, last) in zip(parts, cuts(csc.ptr, parts), pairwise(ends), strict=True):
         sq = []
         for coef, source_BD, w, m, v, more, unit_norm in sides:
@@ -207,8 +210,9 @@ def segment_adam_(
             if more is not None and last > first:
                 g.index_add_(0, ids[first:last] - at.start, more[first:last])
             if unit_norm:
-                g.addcmul_(torch.linalg.vecdot(g, w[at]).unsqueeze(1), w[at], value=-1)
-            sq.append(torch.linalg.vecdot(g, g))
+                along = torch.mul(g, w[at], out=product[: len(g)]).sum(1, keepdim=True)
+                g.addcmul_(along, w[at], value=-1)
+            sq.append(torch.linalg.vector_norm(g, dim=1).square_())
             _adam(w[at], m[at], v[at], g, unit_norm, step, lr, b1, b2, eps)
         row_sq_F[at] = sq[0] + sq[1]
     return row_sq_F
