@@ -128,6 +128,7 @@ def run_arm(store, name: str, arm: tuple, factors) -> list[dict]:
             "steps": steps,
             "batch": batch,
             "lr": rule * factor,
+            "compute": trainer.compute,
             "fvu": error / (x_ND - x_ND.mean(0)).square().sum().item(),
             "l0": l0 / n,
             "silent": (fired_F == 0).double().mean().item(),

@@ -1,6 +1,6 @@
 """The variants compared: every one on the bundled model and on synthetic truth, three seeds, one pass over the data per seed.
 
-    make study                          python docs/study/variants.py [--seeds 0 1 2] [--only demo|synthetic]
+    make study                          python docs/study/variants.py [--seeds 0 1 2] [--only demo|synthetic] [--variants topk …]
 
 Finished SAEs, evaluations and recoveries are kept under study/, so that the same command continues after a kill. The tables and
 the plot of docs/variants.md come from what is there: mean over seeds, with the smallest and largest.
@@ -31,24 +31,25 @@ def demo_arms() -> list[sk.variants.Variant]:
 
 
 def synthetic_arms() -> list[sk.variants.Variant]:
-    """The true number of features per token, twice as many features as truths."""
+    """The true number of features per token, twice as many features as truths; of two also as many as truths."""
     counted = (sk.TopK, sk.AbsTopK, sk.MutualChoice, sk.FeatureChoice, sk.Variational, sk.Matryoshka)
     penalised = (sk.ReLU, sk.JumpReLU, sk.Gated)
     return [
         *(cls(d_sae=1024, k=8) for cls in counted),
+        *(cls(d_sae=512, k=8) for cls in (sk.TopK, sk.AbsTopK)),
         *(cls(d_sae=1024, l0=8) for cls in penalised),
         sk.TopAFA(d_sae=1024),
     ]
 
 
-def demo(out: Path, seeds) -> dict[str, list[dict]]:
+def demo(out: Path, seeds, chosen) -> dict[str, list[dict]]:
     acts = out / "acts"
     if not (acts / "manifest.json").is_file():
         sk.collect(MODEL, site=SITE, text=TEXT, tokens=TOKENS, out=acts)
     store, found = sk.open_store(acts), defaultdict(list)
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        for sae in sk.train(demo_arms(), store, out=folder, seed=seed, checkpoint_every=100):
+        for sae in sk.train(chosen(demo_arms()), store, out=folder, seed=seed, checkpoint_every=100):
             assert sae.path is not None
             if not (sae.path / "evaluation.json").is_file():
                 sk.evaluate(sae, store, lm_tokens=50_000)
@@ -57,13 +58,13 @@ def demo(out: Path, seeds) -> dict[str, list[dict]]:
     return found
 
 
-def truths(out: Path, seeds) -> dict[str, list[dict]]:
+def truths(out: Path, seeds, chosen) -> dict[str, list[dict]]:
     found = defaultdict(list)
     for signed in (0.0, 1.0):
         for seed in seeds:
             truth = synthetic.preset("small", rows=4_194_304, bidirectional=signed, seed=seed).draw()
             folder = out / f"{'signed' if signed else 'plain'}-{seed}"
-            for sae in sk.train(synthetic_arms(), truth, out=folder, seed=seed, checkpoint_every=200):
+            for sae in sk.train(chosen(synthetic_arms()), truth, out=folder, seed=seed, checkpoint_every=200):
                 assert sae.path is not None
                 kept = sae.path / "recovery.json"
                 if not kept.is_file():
@@ -125,15 +126,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=["demo", "synthetic"])
+    parser.add_argument("--variants", nargs="+", choices=sk.VARIANTS, help="of the arms those of these variants alone")
     parser.add_argument("--out", type=Path, default=Path("study"))
     args = parser.parse_args()
+
+    def chosen(arms: list) -> list:
+        return [arm for arm in arms if args.variants is None or arm.name in args.variants]
+
     tables = []
     if args.only != "synthetic":
-        found = demo(args.out / "demo", args.seeds)
+        found = demo(args.out / "demo", args.seeds, chosen)
         tables.append(demo_table(found))
         plot(found, args.out / "pareto.html")
     if args.only != "demo":
-        tables.append(truth_table(truths(args.out / "synthetic", args.seeds)))
+        tables.append(truth_table(truths(args.out / "synthetic", args.seeds, chosen)))
     text = "\n\n".join(tables)
     atomic_write(args.out / "variants.md", text.encode() + b"\n")
     print(text)
