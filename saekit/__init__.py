@@ -39,6 +39,7 @@ _HOMES = {
     "load_model": "saekit.model",
     "open_index": "saekit.feature_index",
     "open_store": "saekit.store",
+    "steer": "saekit.steering",
     "train": "saekit.run",
 }
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "load_model",
     "open_index",
     "open_store",
+    "steer",
     "train",
 ]
 
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from saekit.model import load_model
     from saekit.run import train
     from saekit.sae import SAE
+    from saekit.steering import steer
     from saekit.store import open_store
     from saekit.synthetic import Synthetic
     from saekit.trainer import Trainer

@@ -28,6 +28,8 @@ usage: saekit VERB [options]        saekit VERB --help
   index    SAE                                  every firing of every feature, for looking at
   browse   PATH                                 the features in the browser
   feature  SAE 123                              one feature in the terminal
+  compare  SAE SAE ...                          what was measured of several, side by side
+  steer    SAE 123 --prompt TEXT                what the model writes with doses of a feature
   check    PATH                                 integrity of a store, an SAE folder or an index
   demo                                          all of it on the bundled language model, offline, in minutes
 
@@ -410,6 +412,102 @@ def feature(argv: list[str]):
     print(f"{len(features)} feature{'s' if len(features) > 1 else ''} in {html}")
 
 
+def compare(argv: list[str]):
+    def parse(
+        sae: _positional(tuple[Path, ...], "SAE"), *, html: Path | None = None, csv: bool = False, json: bool = False
+    ):
+        """Prints the stored evaluations of several SAEs side by side, seeds of one recipe as one row.
+
+        Args:
+            sae: SAE folders, each with an evaluation.
+            html: Write one HTML file with L0 against FVU and against the added loss.
+            csv: Print comma-separated values instead.
+            json: Print JSON instead.
+        """
+        return sae, html, csv, json
+
+    folders, html, as_csv, as_json = _parse(parse, argv, "saekit compare")
+    from saekit.evaluation.comparison import compare as compare_
+    from saekit.store.format import pretty_json
+
+    found = compare_(folders)
+    if html is not None:
+        html.write_text(found.html(), encoding="utf-8")
+        print(f"{len(folders)} SAEs in {html}")
+    elif as_csv:
+        print(found.to_csv(), end="")
+    else:
+        print(pretty_json(found.to_dict()).decode() if as_json else found)
+
+
+def steer(argv: list[str]):
+    from saekit.config import SteerMode
+
+    def parse(
+        sae: _positional(Path, "SAE"),
+        feature: _positional(int, "FEATURE"),
+        *,
+        prompt: tuple[str, ...],
+        mode: SteerMode = "add",
+        dose: tuple[float, ...] = (-4.0, 4.0),
+        unit: float | None = None,
+        new_tokens: int = 40,
+        seed: int = 0,
+        seeds: int = 1,
+        temperature: float = 0.8,
+        cache: bool = True,
+        json: bool = False,
+        model: str | None = None,
+        device: str = "auto",
+        force: bool = False,
+        variant_file: Path | None = None,
+    ):
+        """Shows what the language model writes without and with doses of a feature, and what a dose costs.
+
+        Args:
+            sae: SAE folder.
+            feature: Number of the feature.
+            prompt: One or several beginnings of a text.
+            mode: add = dose × unit of its direction at every token; set = its code clamped to that; ablate = its part taken away where it fires; project = nothing of its direction left.
+            dose: One or several doses, in units; of either sign.
+            unit: Of a dose, as a code; None = the 95th percentile of the feature's magnitudes in the index.
+            new_tokens: Tokens to write.
+            seed: First seed of the random numbers.
+            seeds: So many seeds, from the first on.
+            temperature: 0 = always the most probable token.
+            cache: Keep keys and values of what was read; the text is the same without, and slower.
+            json: Print all of it as JSON.
+            model: Language model; None = the one the SAE was trained on.
+            device: Where it runs.
+            force: Steer a model of other weights than the SAE was trained on.
+            variant_file: Python file that defines the variant, for one that is not built in.
+        """
+        return locals()
+
+    found = _parse(parse, argv, "saekit steer")
+    _register(found.pop("variant_file"))
+    as_json, first, count = found.pop("json"), found.pop("seed"), found.pop("seeds")
+    if count < 1:
+        raise SaekitError(f"--seeds {count}; it must be at least 1")
+    from saekit.feature_index.render_steering import steering_text
+    from saekit.steering import steer as steer_
+
+    results = steer_(
+        found.pop("sae"),
+        found.pop("feature"),
+        list(found.pop("prompt")),
+        doses=found.pop("dose"),
+        seeds=range(first, first + count),
+        **found,
+    )
+    if as_json:
+        from saekit.store.format import pretty_json
+
+        print(pretty_json([one.to_dict() for one in results]).decode(), end="")
+    else:
+        print("\n".join(steering_text(one, sys.stdout.isatty()) for one in results), end="")
+
+
 def check(argv: list[str]):
     def parse(
         path: _positional(Path, "PATH"),
@@ -485,4 +583,4 @@ def demo(argv: list[str]):
         browse([str(out / "saes"), "--port", str(port)])
 
 
-VERBS = {f.__name__: f for f in (collect, train, evaluate, index, browse, feature, check, demo)}
+VERBS = {f.__name__: f for f in (collect, train, evaluate, index, browse, feature, compare, steer, check, demo)}

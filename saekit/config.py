@@ -9,6 +9,11 @@ from typing import Literal
 from saekit.errors import SaekitError
 
 Compute = Literal["auto", "bf16", "fp32"]
+SteerMode = Literal["add", "set", "ablate", "project"]
+DOSED: tuple[SteerMode, ...] = ("add", "set")
+"""The modes of steering that take doses."""
+LARGEST_SEED = 2**53 - 1
+"""A number above may be another one in a browser, whose numbers are float64."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ B sequences · T positions · D width of a site · V vocabulary.
 
 import copy
 import difflib
+import inspect
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -567,10 +568,46 @@ class LanguageModel:
         with self._running(), hooks.spliced(point, fn):
             return self._head(ids_BT, attention_mask)
 
+    @torch.no_grad()
+    def write(
+        self,
+        ids_BT: Int[Tensor, "B T"],
+        n: int,
+        choose: Callable[[Tensor], Tensor],
+        *,
+        site: str,
+        change: Callable[[Tensor, Tensor], Tensor],
+        cache: bool = True,
+    ) -> Int[Tensor, "B T+n"]:
+        """The sequences with n more tokens each: `choose` takes logits (B, V) and names the next one of every row.
+
+        In every pass x := change(x, ids) at the site, x (B, t, D) of the t tokens that the pass reads. `cache`: a pass reads
+        the new token alone, and keys and values of those before are kept. Raises SaekitError where the model keeps none.
+        """
+        self._must_have_head()
+        # the name of what is kept has changed in Transformers, of the argument and of the result
+        forward = inspect.signature(self.hf.forward).parameters
+        name = "cache" if "cache" in forward else "past_key_values"
+        point, ids_BT, kept = self._site(site)[1], ids_BT.to(self.device), None
+        with self._running():
+            for _ in range(n):
+                new_Bt = ids_BT if kept is None else ids_BT[:, -1:]
+                with hooks.spliced(point, lambda x, new_Bt=new_Bt: change(x, new_Bt)):
+                    out = self.hf(input_ids=new_Bt, use_cache=cache, **({name: kept} if cache else {}))
+                if cache:
+                    kept = getattr(out, name, None)
+                    if kept is None:
+                        raise SaekitError(f"{self.architecture} keeps no keys and values; pass --no-cache")
+                ids_BT = torch.cat([ids_BT, choose(out.logits[:, -1].float())[:, None].to(ids_BT)], dim=1)
+        return ids_BT
+
     def _head(self, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+        self._must_have_head()
+        return self.hf(**self._arguments(ids_BT, attention_mask)).logits
+
+    def _must_have_head(self):
         if self.hf.get_output_embeddings() is None:
             raise SaekitError(f"{self.architecture} has no language-model head; give a causal language model")
-        return self.hf(**self._arguments(ids_BT, attention_mask)).logits
 
     def _arguments(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         mask = None if attention_mask is None else attention_mask.to(self.device)

@@ -20,6 +20,11 @@ page = st.navigation(
         st.Page(state.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),
         st.Page(state.FEATURE, title="Feature", icon=":material/lens_blur:", url_path="feature"),
         st.Page(state.PROMPT, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
+        st.Page(state.COMPARE, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
+        st.Page(state.STEER, title="Steer", icon=":material/tune:", url_path="steer"),
+        st.Page(state.MAP, title="Map", icon=":material/scatter_plot:", url_path="map"),
+        st.Page(state.EVALUATE, title="Evaluate", icon=":material/straighten:", url_path="evaluate"),
+        st.Page(state.DATA, title="Data", icon=":material/database:", url_path="data"),
     ],
     position="top",
 )

@@ -21,12 +21,14 @@ import numpy as np
 import streamlit as st
 
 from saekit.browse import find_saes
+from saekit.config import LARGEST_SEED
 from saekit.errors import SaekitError
 from saekit.feature_index import FeatureIndex, open_index, render
 
 VIEWS = Path(__file__).parent / "views"
-OVERVIEW, FEATURES, FEATURE, PROMPT = (
-    str(VIEWS / f"{name}.py") for name in ("overview", "features", "feature", "prompt")
+OVERVIEW, FEATURES, FEATURE, PROMPT, COMPARE, STEER, MAP, EVALUATE, DATA = (
+    str(VIEWS / f"{name}.py")
+    for name in ("overview", "features", "feature", "prompt", "compare", "steer", "map", "evaluate", "data")
 )
 SEARCH_LIMIT = 500
 
@@ -112,6 +114,16 @@ def index() -> FeatureIndex:
     return _reader(folder.path)
 
 
+def named_index(name: str) -> FeatureIndex:
+    """The index of the SAE of that name among the browsed ones. SaekitError if there is none, or it cannot be shown."""
+    folder = next((f for f in folders() if f.name == name), None)
+    if folder is None:
+        raise SaekitError(f"no SAE named {name} here")
+    if folder.problem:
+        raise SaekitError(folder.problem)
+    return _reader(folder.path)
+
+
 def _reader(path: Path) -> FeatureIndex:
     return _open(str(path.resolve()), stamp(path))
 
@@ -142,10 +154,10 @@ def sae(path: str, stamp: str):
 
 @st.cache_resource(show_spinner=False, max_entries=1)
 def model(name: str):
-    """The language model, one at a time, loaded when a panel first needs it."""
+    """The language model, one at a time, loaded when a panel first needs it; in fp32, as the command line steers."""
     from saekit.model import load_model
 
-    return load_model(name)
+    return load_model(name, compute="fp32")
 
 
 def digest(*parts) -> str:
@@ -244,6 +256,20 @@ def _number(given: list[str]) -> int | None:
     return int(given[-1]) if re.fullmatch(r"[0-9]{1,12}", given[-1]) else None
 
 
+def _seed(given: list[str]) -> int | None:
+    return int(given[-1]) if re.fullmatch(r"[0-9]{1,16}", given[-1]) and int(given[-1]) <= LARGEST_SEED else None
+
+
+def doses(text: str) -> tuple[float, ...] | None:
+    """Up to four numbers with commas between; None if it is anything else."""
+    words = [word.strip().replace("−", "-") for word in text.split(",")]
+    if not 1 <= len(words) <= 4 or not all(
+        re.fullmatch(r"[+-]?([0-9]{1,6}(\.[0-9]{0,6})?|\.[0-9]{1,6})", w) for w in words
+    ):
+        return None
+    return tuple(float(word) for word in words)
+
+
 SORTS = (
     "energy", "density", "n", "token_f1", "top_token_share", "token_entropy", "logit_kurtosis", "max_dec_cos", "q95", "feature",
 )  # fmt: skip
@@ -251,6 +277,7 @@ FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", 
 LABELLED = ("all", "labelled", "unlabelled")
 VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
 RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
+COLOURS = ("density", "energy", "sign", "label")
 URL_CHARACTERS = 2_000
 
 CHOICES: dict[str, dict[str, Choice]] = {
@@ -270,6 +297,20 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "zoom": _one_of(*ZOOMS),
         "sign": _one_of(*SIGNS),
         "scale": _one_of(*SCALES),
+    },
+    "steer": {
+        "feature": Choice(0, _number),
+        "mode": _one_of("add", "set", "ablate", "project"),
+        "doses": Choice("-4, 4", lambda given: given[-1][:60] if doses(given[-1][:60]) else None),
+        "seed": Choice(0, _seed),
+        "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
+    },
+    "map": {"color": _one_of(*COLOURS)},
+    "compare": {
+        # names are looked up among the folders, and never part of a path
+        "a": Choice("", lambda given: given[-1][:200]),
+        "b": Choice("", lambda given: given[-1][:200]),
+        "kind": _one_of("matched", "split", "merged", "first", "second"),
     },
     "prompt": {
         "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
@@ -312,6 +353,13 @@ def say_if_missing(last: int):
     if asked is not None and (number is None or number > last):
         shown = asked[:40] if number is None else f"{number:,}"
         st.warning(literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:")
+
+
+def say_if_no_seed():
+    """A seed in the address that is none, or is above what a browser's numbers hold."""
+    asked = st.query_params.get("seed")
+    if asked is not None and _seed([asked]) is None:
+        st.warning(literal(f"seed {asked[:40]}: it is a number from 0 to {LARGEST_SEED}"), icon=":material/search_off:")
 
 
 def _in_address(page: str) -> dict[str, list[str]]:

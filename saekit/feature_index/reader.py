@@ -29,6 +29,7 @@ from saekit.feature_index.encoded import EncodedText, Firings, encode_text
 from saekit.feature_index.feature import Example, Feature
 from saekit.feature_index.format import ABSENT, FLAGS, FORMAT, FORMAT_VERSION
 from saekit.feature_index.labels import Labels
+from saekit.feature_index.matching import Matching, match
 from saekit.feature_index.search import Hit
 from saekit.feature_index.table import DEFAULT_COLUMNS, FeatureTable
 from saekit.store.format import map_tensors
@@ -419,6 +420,10 @@ class FeatureIndex:
         for one longer than the model's context as stored in config.json.
         """
         return encode_text(self, text, sae=sae, lm=lm)
+
+    def compare(self, other: "FeatureIndex") -> Matching:
+        """Which features of this SAE are which of another of the same width, by their decoder rows."""
+        return match(self, other)
 
     def check(self) -> list[str]:
         """Problems found by reading everything: sha256 of each file, order and counts of the codes; empty if all is well."""

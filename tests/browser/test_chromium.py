@@ -83,6 +83,28 @@ def test_four_pages(visit):
     picture(page, "prompt")
 
 
+def test_steer(visit):
+    """From a feature to its doses, with Back and the address in order."""
+    page = visit("/feature?sae=plain&feature=7")
+    page.get_by_test_id("stMain").get_by_role("link", name="Steer").click()
+    settle(page)
+    shows(page.get_by_role("heading", name="Steer"))
+    is_feature(page, 7)
+    page.get_by_role("textbox", name="Prompt").fill("class Stack:\n    def push(self, item):\n")
+    page.keyboard.press("Control+Enter")
+    settle(page)
+    page.get_by_role("button", name="Write").click()
+    page.get_by_role("heading", name="dose −4").wait_for(timeout=60_000)
+    settle(page)
+    assert page.get_by_role("heading", name="baseline").count() == 1
+    assert parameters(page) == {"feature": "7", "text": "class Stack:\n    def push(self, item):\n"}
+    picture(page, "steer")
+    # a link opens the same, and waits for the button
+    other = visit("/steer?sae=plain&feature=7&mode=set&doses=-1,3&text=class")
+    shows(other.get_by_text("Press Write"))
+    holds(other.get_by_role("textbox", name="Doses"), "-1,3")
+
+
 def test_dark(visit):
     page = visit("/feature?sae=signed&feature=2", theme="dark")
     assert (

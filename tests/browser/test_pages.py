@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from saekit.variants import VARIANTS
 
 MAIN = Path(state.__file__).parent / "main.py"
-PAGES = ("overview", "features", "feature", "prompt")
+PAGES = ("overview", "features", "feature", "prompt", "steer", "map", "data")
 
 
 @pytest.fixture
@@ -102,6 +102,71 @@ def test_overview_with_evaluation(browse, saes, tmp_path):
         ("Unexplained variance", "1.250"),
         ("Features per token", "8.0"),
     ]
+
+    # page Evaluate has all of it, with what each number rests on
+    app = browse(root, "evaluate")
+    assert "worse than predicting the mean" in words(app.warning) and not app.error
+    frame = app.dataframe[0].value
+    assert frame["metric"].tolist() == ["fvu", "l0", "alive"] and frame["value"].tolist() == [
+        "1.250",
+        "8.000",
+        "0.9000",
+    ]
+    assert frame["± 95 %"].tolist() == ["0.050", "0.100", ""] and frame["beside it"][0] == "pca_l0 0.400"
+
+
+def test_evaluate_without_an_evaluation(browse, saes):
+    app = browse(saes, "evaluate", sae="plain")
+    assert "has no evaluation yet: run saekit evaluate" in words(app.error)
+    assert any("saekit evaluate" in c.value for c in app.code)
+
+
+def test_compare(browse, saes):
+    app = browse(saes, "compare", a="plain", b="signed", kind="second")
+    assert not app.error and "features" in html(app) and dict(app.query_params)["kind"] == "second"
+    assert [box.value for box in app.selectbox if box.label in "AB"] == ["plain", "signed"]
+    assert any("has no evaluation yet" in c.value for c in app.caption)
+    frame = app.dataframe[0].value
+    assert (frame["S"] < 0.5).all() and frame["S"].is_monotonic_increasing
+    app.segmented_control(key="kind").set_value("matched").run()
+    assert not app.error and not app.exception
+
+
+def test_compare_takes_two_and_names_alone(browse, saes):
+    assert "holds one SAE that can be shown" in words(browse(saes / "plain", "compare").error)
+    app = browse(saes, "compare", a="../../etc", b="nobody")
+    assert not app.error and {box.value for box in app.selectbox if box.label in "AB"} <= {"plain", "signed"}
+
+
+def test_map(browse, saes):
+    app = browse(saes, "map", sae="plain", color="energy")
+    assert "two points that touch may have nothing in common" in words(app.caption) and not app.error
+    spec = json.loads(app.get("plotly_chart")[0].proto.spec)
+    # 21 of 256 never fire
+    assert len(spec["data"][0]["text"]) == 235 and "energy" in spec["data"][0]["hovertemplate"]
+    app.toggle(key="map_alive").set_value(False).run()
+    app.segmented_control(key="color").set_value("sign").run()
+    spec = json.loads(app.get("plotly_chart")[0].proto.spec)
+    assert len(spec["data"][0]["text"]) == 256 and dict(app.query_params)["color"] == "sign"
+
+
+def test_data(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    app = browse(root, "data")
+    shown = html(app)
+    config = json.loads((root / "plain" / "config.json").read_text())
+    assert config["fingerprint"] in shown and config["site"] in shown and "256 features" in shown
+    files = dict(zip(app.dataframe[0].value["file"], app.dataframe[0].value["bytes"], strict=True))
+    assert files["sae.safetensors"] == (root / "plain" / "sae.safetensors").stat().st_size
+    check = next(b for b in app.button if b.label == "Check every file")
+    app = check.click().run()
+    assert "are what their manifests say" in words(app.success)
+    weights = root / "plain" / "sae.safetensors"
+    blob = bytearray(weights.read_bytes())
+    blob[-1] ^= 1
+    weights.write_bytes(blob)
+    app = next(b for b in app.button if b.label == "Check every file").click().run()
+    assert "damaged" in words(app.error) and not app.success
 
 
 def test_features_filter_and_order(browse, saes):
@@ -230,13 +295,62 @@ def test_labels_cannot_be_written(browse, saes, tmp_path):
     assert "Strongest" in html(app)
 
 
+def steered(app: AppTest) -> AppTest:
+    return next(b for b in app.button if b.label == "Write").click().run()
+
+
+def test_steer(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    given = {"feature": "3", "text": "def f():", "doses": "-2, 3.5", "seed": "9007199254740991"}
+    app = browse(root, "steer", **given)
+    assert "Press Write" in words(app.caption) and "dose" not in html(app)
+    app = steered(app)
+    shown = html(app)
+    assert all(f"<h3>{name}</h3>" in shown for name in ("baseline", "dose −2", "dose +3.5"))
+    assert shown.count("next token") == 2 and "KL" in shown and dict(app.query_params) == given
+    line = next(c.value for c in app.code)
+    assert "steer" in line and "--dose -2 3.5" in line and "--seed 9007199254740991" in line
+    # what it wrote is what the command writes
+    from saekit.feature_index import open_index, render
+    from saekit.steering import steer
+
+    same = steer(root / "plain", 3, "def f():", doses=(-2, 3.5), seeds=(2**53 - 1,))
+    assert all(
+        render.escape(run.text.strip())[:20] in shown.replace("<i>", "").replace("</i>", "") for run in same.runs
+    )
+    next(b for b in app.button if b.label == "Save to notes").click().run()
+    assert "dose" not in open_index(root / "plain").feature(4).notes
+    assert "steered, add" in open_index(root / "plain").feature(3).notes
+    # other options wait for the button again
+    app.segmented_control(key="mode").set_value("ablate").run()
+    assert "Press Write" in words(app.caption) and app.text_input(key="doses").disabled
+    assert "<h3>ablate</h3>" in html(steered(app))
+
+
+def test_steer_in_every_bad_state(browse, saes):
+    assert "Type the beginning of a text" in words(browse(saes, "steer").caption)
+    app = browse(saes, "steer", text="x", doses="1, 2, 3, 4, 5", seed="9007199254740993")
+    assert "seed 9007199254740993: it is a number from 0 to 9007199254740991" in words(app.warning)
+    assert app.number_input(key="seed").value == 0 and app.text_input(key="doses").value == "-4, 4"
+    app.text_input(key="doses").set_value("four").run()
+    assert "doses four: up to four numbers with commas between" in words(app.error)
+    app = browse(saes, "steer", "--no-model", text="x", feature="7", sae="plain")
+    assert "--no-model" in words(app.error) and "saekit steer" in words(app.error) and " 7 " in words(app.error)
+    # feature 19 never fires: there is nothing to measure a dose by
+    assert "did not fire in the index" in words(
+        steered(browse(saes, "steer", text="x", feature="19", sae="plain")).error
+    )
+
+
 def test_broken_index(browse, saes, tmp_path):
     root = copied(saes, tmp_path)
     codes = root / "plain" / "index" / "codes.safetensors"
     codes.write_bytes(codes.read_bytes()[:-2])
-    for page in PAGES:
+    for page in (*PAGES, "evaluate"):
         app = browse(root, page)
         assert "the manifest says" in words(app.error) and "saekit index" in words(app.error)
+    # what can be said without the index is said
+    assert "sae.safetensors" in browse(root, "data").dataframe[0].value["file"].tolist()
 
 
 def test_index_of_another_sae(browse, saes, tmp_path):

@@ -73,6 +73,7 @@ def header(idx) -> int:
         )
         label_editor(idx, number)
         st.button("Random", icon=":material/casino:", key="n", shortcut="N", on_click=jump, args=(idx, False))
+        st.page_link(state.STEER, label="Steer", icon=":material/tune:", query_params={"feature": str(number)})
         more(idx, number)
     with st.container(key="keys"):
         # shortcuts without a visible button; a shortcut exists only while its button is on the page
