@@ -500,6 +500,7 @@ def steer(argv: list[str]):
         seeds=range(first, first + count),
         **found,
     )
+    assert isinstance(results, list)
     if as_json:
         from saekit.store.format import pretty_json
 

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from saekit.config import DOSED, LARGEST_SEED, SteerMode
 from saekit.errors import SaekitError
+from saekit.feature_index.render import visible
+from saekit.feature_index.vocabulary import VocabBytes, vocab_bytes
 from saekit.model import LanguageModel, load_model
 from saekit.provenance import short
 from saekit.sae import SAE
@@ -45,6 +47,7 @@ class Change(NamedTuple):
 
     token: int
     text: str
+    """White space where alone, control characters and stray bytes made visible."""
     before: float
     after: float
 
@@ -291,6 +294,7 @@ def _runs(sae, lm, feature, mode, unit, ids, doses, new_tokens, seeds, temperatu
     pick = _Sampler([seed for _, _, seed in named], temperature)
     whole_RT = lm.write(prompt_RT, new_tokens, pick, site=sae.site, change=change(slice(None)), cache=cache).cpu()
     eos, prompt_length, found = lm.tokenizer.eos_token_id, len(ids), []
+    vocabulary = vocab_bytes(lm.tokenizer, lm.vocab_size)
     for r, (dose, baseline, seed) in enumerate(named):
         written = whole_RT[r, prompt_length:]
         ends = (written == eos).nonzero() if eos is not None else written.new_empty(0, 1)
@@ -308,7 +312,7 @@ def _runs(sae, lm, feature, mode, unit, ids, doses, new_tokens, seeds, temperatu
         changes = []
         if not baseline:
             best = (after - before).abs().topk(min(CHANGED, len(after))).indices.tolist()
-            changes = [Change(t, _text(lm, [t]), float(before[t]), float(after[t])) for t in best]
+            changes = [Change(t, _token_text(vocabulary, t), float(before[t]), float(after[t])) for t in best]
         tokens = tuple(row_T[0, prompt_length:].tolist())
         found.append(
             Run(
@@ -327,6 +331,10 @@ def _runs(sae, lm, feature, mode, unit, ids, doses, new_tokens, seeds, temperatu
 
 def _text(lm: LanguageModel, tokens: Sequence[int]) -> str:
     return lm.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _token_text(vocabulary: VocabBytes, token: int) -> str:
+    return visible(vocabulary.blob[vocabulary.start[token] : vocabulary.start[token + 1]].tobytes())
 
 
 class _Sampler:

@@ -165,7 +165,7 @@ def _marked(rows: list[Row], better: dict[str, str]) -> list[Row]:
     """The best of each column, where it can be told from the next."""
     best: dict[str, int] = {}
     for column, direction in better.items():
-        known = [(row.cells[column].value, i) for i, row in enumerate(rows) if row.cells[column].value is not None]
+        known = [(value, i) for i, row in enumerate(rows) if (value := row.cells[column].value) is not None]
         if direction not in ("lower", "higher") or len(known) < 2:
             continue
         known.sort(reverse=direction == "higher")
@@ -222,28 +222,28 @@ def figure(table: Table):
     variants = sorted({row.variant for row in table.rows})
     fronts = True
     for at, column in enumerate(panels, 1):
-        points = [(row.cells["l0"].value, row.cells[column], row) for row in table.rows]
-        points = [(x, cell, row) for x, cell, row in points if x is not None and cell.value is not None]
+        points = [
+            (x, y, row.cells[column].half or 0.0, row)
+            for row in table.rows
+            if (x := row.cells["l0"].value) is not None and (y := row.cells[column].value) is not None
+        ]
         for i, variant in enumerate(variants):
-            mine = sorted((p for p in points if p[2].variant == variant), key=lambda p: p[0])
+            mine = sorted((p for p in points if p[3].variant == variant), key=lambda p: p[0])
             if not mine:
                 continue
-            front = len({round(x, 1) for x, _, _ in mine}) >= FRONT
+            front = len({round(x, 1) for x, *_ in mine}) >= FRONT
             fronts &= front
-            hollow = [
-                any(x2 <= x and c2.value < cell.value for x2, c2, r2 in points if r2 is not row)
-                for x, cell, row in mine
-            ]
+            hollow = [any(x2 <= x and y2 < y for x2, y2, *_ in points) for x, y, *_ in mine]
             found.add_trace(
                 go.Scatter(
-                    x=[x for x, _, _ in mine],
-                    y=[cell.value for _, cell, _ in mine],
-                    error_y={"type": "data", "array": [cell.half or 0 for _, cell, _ in mine]},
+                    x=[x for x, *_ in mine],
+                    y=[y for _, y, *_ in mine],
+                    error_y={"type": "data", "array": [half for *_, half, _ in mine]},
                     mode="lines+markers" if front else "markers",
                     name=variant,
                     legendgroup=variant,
                     showlegend=at == 1,
-                    text=[f"{row.name}, {row.features:,} features" for _, _, row in mine],
+                    text=[f"{row.name}, {row.features:,} features" for *_, row in mine],
                     hovertemplate="%{text}<br>L0 %{x:.1f}, %{y:.4f}<extra></extra>",
                     line={"color": palette[i % len(palette)]},
                     marker={"size": 9, "symbol": ["circle-open" if h else "circle" for h in hollow]},

@@ -47,7 +47,7 @@ def _name(found: "Steering", run: "Run") -> str:
 
 
 def _change(change: "Change") -> str:
-    return f"{_quoted(_shown(change.text))} {percent(change.before)} → {percent(change.after)}"
+    return f"{_quoted(change.text)} {percent(change.before)} → {percent(change.after)}"
 
 
 def steering_text(found: "Steering", ansi: bool = False) -> str:

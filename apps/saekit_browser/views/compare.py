@@ -47,9 +47,10 @@ def comparison():
         f"merged: several of one have the same nearest in the other, S ≥ {RELATED}."
     )
     kind = st.segmented_control(
-        "Show", list(KINDS), format_func=KINDS.get, required=True, key="kind", persist_state="session"
+        "Show", list(KINDS), format_func=lambda name: KINDS[name], required=True, key="kind", persist_state="session"
     )
     state.leave("compare")
+    assert kind is not None
     rows = listed(found, kind)
     if not rows:
         st.caption("None.")

@@ -53,6 +53,7 @@ def steering(idx):
         return
     with st.spinner("Writing …", show_time=True):
         found = written(idx, idx.fingerprint, number, **options)
+    assert not isinstance(found, list)
     st.html(render.fragment(steering_html(found)))
     keep(idx, found)
 
@@ -63,7 +64,7 @@ def controls(idx) -> int:
         st.segmented_control(
             "Mode",
             list(MODES),
-            format_func=MODES.get,
+            format_func=lambda name: MODES[name],
             required=True,
             key="mode",
             persist_state="session",
