@@ -105,6 +105,44 @@ def test_steer(visit):
     holds(other.get_by_role("textbox", name="Doses"), "-1,3")
 
 
+def test_compare_map_and_data(visit):
+    """Two SAEs side by side with Back and Forward; points under a lasso; the folder's facts."""
+    page = visit("/compare?a=plain&b=signed")
+    shows(page.get_by_text("S is the cosine of decoder rows", exact=False))
+    page.get_by_text("Only in B").click()
+    settle(page)
+    assert parameters(page) == {"a": "plain", "b": "signed", "kind": "second"}
+    picture(page, "compare")
+    page.get_by_test_id("stMain").get_by_role("link", name=re.compile(r"Feature \d+ of B")).click()
+    settle(page)
+    assert parameters(page)["sae"] == "signed"
+    page.go_back()
+    settle(page)
+    shows(page.get_by_role("heading", name="Compare"))
+    page = visit("/map?sae=plain&color=energy")
+    plot = page.locator(".js-plotly-plot").first
+    plot.wait_for()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.down()
+    for x, y in (
+        (box["width"] - 150, 60),
+        (box["width"] - 150, box["height"] - 60),
+        (60, box["height"] - 60),
+        (60, 60),
+    ):
+        page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+    page.mouse.up()
+    page.get_by_text(re.compile(r"\d+ picked")).wait_for(timeout=20_000)
+    settle(page)
+    picture(page, "map")
+    page = visit("/data?sae=plain", theme="dark")
+    page.get_by_role("button", name="Check every file").click()
+    page.get_by_text("are what their manifests say").wait_for(timeout=30_000)
+    settle(page)
+    picture(page, "data-dark")
+
+
 def test_dark(visit):
     page = visit("/feature?sae=signed&feature=2", theme="dark")
     assert (

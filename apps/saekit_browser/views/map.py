@@ -72,7 +72,7 @@ def plot(idx) -> list[int]:
     )
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
-    figure.update_layout(height=620, margin={"l": 0, "r": 0, "t": 8, "b": 0}, dragmode="lasso")
+    figure.update_layout(height=620, margin={"l": 0, "r": 0, "t": 44, "b": 0}, dragmode="lasso")
     event = st.plotly_chart(
         figure,
         key=f"map-{idx.name}-{state.digest(idx.fingerprint, st.session_state.map_alive)}",
