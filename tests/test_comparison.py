@@ -54,7 +54,11 @@ def test_the_best_is_marked_only_where_it_can_be_told_from_the_next(tmp_path):
     (table,) = compare([a, b, c]).tables
     assert not any(row.cells["fvu"].best for row in table.rows)
     text = str(compare([a, b]))
-    assert "0.2 ± 0.01*" in text and "heldout rows of sha256:1" in text and "ce_added" not in text
+    assert "0.2 ± 0.01*" in text and "heldout rows of store sha256:1" in text and "ce_added" not in text
+    # at another L0 nothing is compared: more features always explain more
+    d = measured(tmp_path / "d", l0=(64, 0.1), fvu=(0.1, 0.01), k=64)
+    (table,) = compare([a, b, d]).tables
+    assert {row.name: row.cells["fvu"].best for row in table.rows} == {"a": True, "b": False, "d": False}
 
 
 def test_seeds_of_one_recipe_are_one_row(tmp_path):

@@ -10,16 +10,19 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from saekit.errors import SaekitError
 from saekit.evaluation.report import load_evaluation, number
+from saekit.provenance import short
 
 COLUMNS = ("l0", "fvu", "ce_added", "kl", "ce_recovered_mean", "alive", "dense_10")
 # a front takes so many values of L0
 FRONT = 3
+# SAEs are compared at one L0 where theirs differ by at most this share
+SAME_L0 = 0.1
 
 
 class Cell(NamedTuple):
@@ -29,7 +32,7 @@ class Cell(NamedTuple):
     half: float | None
     """Half of the 95 % interval; over seeds half of the range."""
     best: bool = False
-    """Better than every other of the table by more than the two intervals."""
+    """Better than every other of its L0 by more than the two intervals."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,19 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     for folder in map(Path, folders):
         evaluation = load_evaluation(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        data, metrics = evaluation.content["data"], evaluation.metrics()
-        formulas = tuple(sorted({m["formula"] for key, m in metrics.items() if key in COLUMNS}))
-        on = tuple(str(data.get(key)) for key in ("store", "split", "site", "model"))
-        # an SAE without a language-model tier is not another experiment
-        groups[on, tuple(f for f in formulas if not f.startswith(("ce", "kl")))].append((folder, config, metrics))
-    return Comparison(tuple(_table(on, saes) for (on, _), saes in groups.items()))
+        on = tuple(str(evaluation.content["data"].get(key)) for key in ("store", "split", "site", "model"))
+        groups[on].append((folder, config, evaluation.metrics()))
+    return Comparison(tuple(_table(on, part) for on, saes in groups.items() for part in _of_one_definition(saes)))
+
+
+def _of_one_definition(saes: list) -> list[list]:
+    """Split where a metric is defined in two ways; an SAE that lacks one stays with the others."""
+    known = {c: {metrics[c]["formula"] for _, _, metrics in saes if c in metrics} for c in COLUMNS}
+    disputed = [c for c in COLUMNS if len(known[c]) > 1]
+    parts: dict[tuple, list] = defaultdict(list)
+    for sae in saes:
+        parts[tuple(sae[2].get(c, {}).get("formula") for c in disputed)].append(sae)
+    return list(parts.values())
 
 
 def _table(on: tuple[str, ...], saes: list) -> Table:
@@ -138,7 +148,7 @@ def _table(on: tuple[str, ...], saes: list) -> Table:
             if name in ("pca_l0", "random") and metrics.get("l0", {}).get("value") is not None:
                 baselines[name].append((metrics["l0"]["value"], value))
     store, split, site, model = on
-    words = f"{site} of {Path(model).name}, {split} rows of {Path(store).name}"
+    words = f"{site} of {Path(model).name}, {split} rows of store {short(store)}"
     return Table(words, tuple(rows), {name: tuple(sorted(points)) for name, points in baselines.items()})
 
 
@@ -162,22 +172,32 @@ def _cell(column: str, members: list) -> Cell:
 
 
 def _marked(rows: list[Row], better: dict[str, str]) -> list[Row]:
-    """The best of each column, where it can be told from the next."""
-    best: dict[str, int] = {}
-    for column, direction in better.items():
-        known = [(value, i) for i, row in enumerate(rows) if (value := row.cells[column].value) is not None]
-        if direction not in ("lower", "higher") or len(known) < 2:
-            continue
-        known.sort(reverse=direction == "higher")
-        (first, i), (second, j) = known[:2]
-        halves = rows[i].cells[column].half, rows[j].cells[column].half
-        if None not in halves and abs(first - second) > sum(h for h in halves if h):
-            best[column] = i
-    return [
-        Row(r.name, r.variant, r.features, r.seeds,
-            {c: cell._replace(best=best.get(c) == i) for c, cell in r.cells.items()}, r.recipe)
-        for i, r in enumerate(rows)
-    ]  # fmt: skip
+    """The best of each column among SAEs of its L0, where it can be told from the next."""
+    marked = []
+    for row in rows:
+        peers = [other for other in rows if other is not row and _as_sparse(row, other)]
+        cells = {c: cell._replace(best=_beats(c, row, peers, better.get(c))) for c, cell in row.cells.items()}
+        marked.append(replace(row, cells=cells))
+    return marked
+
+
+def _as_sparse(one: Row, other: Row) -> bool:
+    a, b = one.cells["l0"].value, other.cells["l0"].value
+    return a is not None and b is not None and abs(a - b) <= SAME_L0 * max(a, b)
+
+
+def _beats(column: str, row: Row, peers: list[Row], direction: str | None) -> bool:
+    mine = row.cells[column]
+    if direction not in ("lower", "higher") or not peers or mine.value is None or mine.half is None:
+        return False
+    for peer in peers:
+        value, half, _ = peer.cells[column]
+        if value is None or half is None:
+            return False
+        ahead = mine.value - value if direction == "higher" else value - mine.value
+        if ahead <= mine.half + half:
+            return False
+    return True
 
 
 def _plain_cell(text: str) -> str:
@@ -188,7 +208,7 @@ def _plain_cell(text: str) -> str:
 def _shown(cell: Cell) -> str:
     if cell.value is None:
         return "–"
-    spread = f" ± {number(cell.half)}" if cell.half is not None else ""
+    spread = f" ± {cell.half:.2g}" if cell.half else ""
     return f"{number(cell.value)}{spread}{'*' if cell.best else ''}"
 
 
@@ -204,7 +224,9 @@ def _table_text(table: Table) -> str:
     if any(row.seeds > 1 for row in table.rows):
         notes.append("± over seeds: half of the range; else half of the 95 % interval")
     if any(cell.best for row in table.rows for cell in row.cells.values()):
-        notes.append("* best of its column, by more than the two intervals")
+        notes.append(
+            f"* best of its column among those of its L0 (within {SAME_L0:.0%}), by more than the two intervals"
+        )
     rule = "─" * max(map(len, text))
     return "\n".join([f"on {table.on}", text[0], rule, *text[1:], *notes])
 
