@@ -9,8 +9,11 @@ the plot of docs/variants.md come from what is there: mean over seeds, with the 
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
+
+import picture
 
 import saekit as sk
 from saekit import synthetic
@@ -19,7 +22,7 @@ from saekit.store.format import atomic_write
 
 MODEL, SITE, TEXT, TOKENS = "saekit:demo", "blocks.2.hook_resid_post", "stdlib", 3_150_000
 D_SAE, KS = 1536, (16, 32, 64)
-HERE = Path(__file__).parent
+IMAGE = Path(__file__).parents[1] / "images" / "variants.png"
 
 
 def demo_arms() -> list[sk.variants.Variant]:
@@ -109,17 +112,30 @@ def plot(found: dict[str, list[dict]], path: Path):
     groups = defaultdict(list)
     for name, runs in found.items():
         l0, fvu = ([run[key] for run in runs] for key in ("l0", "fvu"))
-        groups[name.split("-")[0]].append((sum(l0) / len(l0), sum(fvu) / len(fvu), min(fvu), max(fvu)))
+        groups[re.sub(r"-k\d+$", "", name)].append((sum(l0) / len(l0), sum(fvu) / len(fvu), min(fvu), max(fvu)))
     figure = go.Figure()
-    for name, points in groups.items():
+    palette = [
+        "#0072B2",
+        "#E69F00",
+        "#009E73",
+        "#CC79A7",
+        "#56B4E9",
+        "#D55E00",
+        "#000000",
+        "#999999",
+        "#8C6D31",
+        "#6B4C9A",
+    ]
+    for (name, points), colour in zip(groups.items(), palette):
         x, y, low, high = zip(*sorted(points))
         bars = {"array": [b - a for a, b in zip(y, high)], "arrayminus": [a - b for a, b in zip(y, low)]}
-        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", error_y={"type": "data", **bars})
+        figure.add_scatter(
+            x=x, y=y, name=name, mode="lines+markers", line_color=colour, error_y={"type": "data", **bars}
+        )
     figure.update_xaxes(type="log", title="L0 on held-out text", dtick=math.log10(2))
     figure.update_yaxes(type="log", title="FVU on held-out text")
-    figure.update_layout(template="plotly_white", width=900, height=560, title="Bundled model, 1,536 features")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs="cdn")
+    figure.update_layout(template="plotly_white", width=900, height=560, title=f"Bundled model, {D_SAE:,} features")
+    picture.save(figure, path)
 
 
 def main():
@@ -137,7 +153,7 @@ def main():
     if args.only != "synthetic":
         found = demo(args.out / "demo", args.seeds, chosen)
         tables.append(demo_table(found))
-        plot(found, args.out / "pareto.html")
+        plot(found, IMAGE)
     if args.only != "demo":
         tables.append(truth_table(truths(args.out / "synthetic", args.seeds, chosen)))
     text = "\n\n".join(tables)

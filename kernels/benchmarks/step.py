@@ -461,7 +461,6 @@ def cell(r: dict | None) -> str:
 def plot(path: Path, out: Path) -> None:
     """Bars of ratio by shape, one panel per op and device."""
     import plotly.graph_objects as go
-    from playwright.sync_api import sync_playwright
     from plotly.subplots import make_subplots
 
     panels = [(op, device, shapes) for op, devices in newest(path).items() for device, shapes in devices.items()]
@@ -495,18 +494,11 @@ def plot(path: Path, out: Path) -> None:
     figure.update_layout(
         template="plotly_white", width=1100, height=height, title="One training step, ratio of medians in one run"
     )
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        raise SystemExit("step: no Chromium found for the picture; on Debian:  apt-get install chromium")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1120, "height": height + 20})
-        page.set_content(figure.to_html(include_plotlyjs=True, full_html=True))
-        page.wait_for_selector(".main-svg")
-        page.screenshot(path=str(out))
-        browser.close()
-    print(f"wrote {out}")
+    # the folder of the study is no package
+    sys.path.append(str(ROOT / "docs" / "study"))
+    import picture
+
+    picture.save(figure, out)
 
 
 def main() -> int:
