@@ -37,6 +37,7 @@ ARMS = {
         *(("topk", F, 32, 730, BATCH) for F in (768, 12_288)),
         *(("topk", 3072, k, 730, BATCH) for k in (16, 64)),
         *((name, 3072, 32, 730, BATCH) for name in VARIANTS if name != "topk"),
+        ("gated", 1536, 32, 730, BATCH),
     ],
     "smollm2": [
         *(("topk", 9216, 32, steps, BATCH) for steps in (150, 600, 2400)),
