@@ -86,14 +86,19 @@ def measured(a, b):
         rows.append(
             {
                 "metric": name,
-                "A": f"{render.number(one['value'], 4)}" + (f" ± {render.number(halves[0], 2)}" if halves[0] else ""),
-                "B": f"{render.number(two['value'], 4)}" + (f" ± {render.number(halves[1], 2)}" if halves[1] else ""),
+                "A": with_half(one["value"], halves[0]),
+                "B": with_half(two["value"], halves[1]),
                 "B − A": render.number(difference, 3),
                 "": "inside the intervals" if halves[0] and abs(difference) <= sum(halves) else "",
                 "better": {"lower": "lower", "higher": "higher"}.get(one["better"], ""),
             }
         )
     st.dataframe(pd.DataFrame(rows), hide_index=True, height="content", key="measured", alt="Metrics of both SAEs")
+
+
+def with_half(value: float, half: float) -> str:
+    """A number and half of its interval, where that shows in the digits."""
+    return render.number(value, 4) + (f" ± {render.number(half, 2)}" if half > 1e-4 * abs(value) else "")
 
 
 def listed(found, kind: str) -> list[tuple[list[int], list[int], float]]:
