@@ -282,7 +282,11 @@ def test_schedule():
     assert optim.default_lr(64, 64, 10) == 0.01
     # each variant its share of it
     shares = {name: optim.learning_rate(cls(d_sae=2**14), 768, 2**14, None) / 2e-4 for name, cls in VARIANTS.items()}
-    assert {name: round(share, 6) for name, share in shares.items() if share != 1} == {"relu": 2.0, "jumprelu": 0.5}
+    assert {name: round(share, 6) for name, share in shares.items() if share != 1} == {
+        "relu": 2.0,
+        "jumprelu": 0.5,
+        "gated": 0.5,
+    }
     assert optim.learning_rate(sk.ReLU(d_sae=64, lr=3e-3), 768, 64, None) == 3e-3
 
 
