@@ -52,11 +52,12 @@ case = pytest.mark.parametrize("name", CASES)
 
 
 def hold(name, got, eager, truth):
-    """The rule: RMS-relative error at most 1.1 × that of eager torch in float32 + 1e-7."""
+    """The rule: RMS-relative error at most 1.1 × that of eager torch in float32 + two of its roundings, which are how far the
+    order of eager's own sums differs between processors."""
     assert got.shape == truth.shape and got.dtype == torch.float32, name
     size = truth.square().mean().sqrt().clamp_min(1e-30)
     error, allowed = (((t.double() - truth).square().mean().sqrt() / size).item() for t in (got, eager))
-    assert error <= 1.1 * allowed + 1e-7, (name, error, allowed)
+    assert error <= 1.1 * allowed + 2 * torch.finfo(torch.float32).eps, (name, error, allowed)
 
 
 def pairs(name):
