@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from urllib.parse import parse_qs, urlencode
 
 import numpy as np
 import streamlit as st
 
 from saekit.browse import find_saes
-from saekit.config import LARGEST_SEED
+from saekit.config import LARGEST_SEED, SteerMode
 from saekit.errors import SaekitError
 from saekit.feature_index import FeatureIndex, open_index, render
 
@@ -260,6 +260,18 @@ def _seed(given: list[str]) -> int | None:
     return int(given[-1]) if re.fullmatch(r"[0-9]{1,16}", given[-1]) and int(given[-1]) <= LARGEST_SEED else None
 
 
+def own_feature(idx: FeatureIndex):
+    """Another SAE may have fewer features, and page Prompt may have none chosen: then it is feature 0."""
+    if st.session_state.feature is None or not 0 <= st.session_state.feature < len(idx):
+        st.session_state.feature = 0
+
+
+def about(idx: FeatureIndex, feature: int, tokens: int = 3) -> str:
+    """A feature in a few words: its label, else the tokens it fires on most."""
+    f = idx.feature(feature)
+    return f.label or "  ".join(t.text.strip() or t.text for t in f.tokens(tokens)) or "silent in the index"
+
+
 def doses(text: str) -> tuple[float, ...] | None:
     """Up to four numbers with commas between; None if it is anything else."""
     words = [word.strip().replace("−", "-") for word in text.split(",")]
@@ -300,7 +312,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
     },
     "steer": {
         "feature": Choice(0, _number),
-        "mode": _one_of("add", "set", "ablate", "project"),
+        "mode": _one_of(*get_args(SteerMode)),
         "doses": Choice("-4, 4", lambda given: given[-1][:60] if doses(given[-1][:60]) else None),
         "seed": Choice(0, _seed),
         "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),

@@ -78,7 +78,7 @@ def _run_html(found: "Steering", run: "Run") -> str:
         table = f"<table>{head}{rows}</table>"
     return (
         f'<div><h3>{escape(_name(found, run))}</h3><p class="q">{escape(cost(run))}</p>'
-        f'<div class="t" dir="auto"><span class="q">{_plain(found.prompt, True)}</span>{_plain(run.text, True)}</div>{table}</div>'
+        f'<div class="t"><span class="q">{_plain(found.prompt, True)}</span>{_plain(run.text, True)}</div>{table}</div>'
     )
 
 

@@ -121,10 +121,10 @@ def table(a, b, kind: str, rows):
         {
             "rank": range(1, len(rows) + 1),
             "a": [", ".join(map(str, left)) for left, _, _ in rows],
-            "about a": [about(a, left[0]) for left, _, _ in rows],
+            "about a": [state.about(a, left[0], 2) for left, _, _ in rows],
             "S": [s for _, _, s in rows],
             "b": [", ".join(map(str, right)) for _, right, _ in rows],
-            "about b": [about(b, right[0]) for _, right, _ in rows],
+            "about b": [state.about(b, right[0], 2) for _, right, _ in rows],
         }
     )
     event = st.dataframe(
@@ -171,11 +171,6 @@ def pair(a, b, i: int, j: int):
 def shown(_idx, fingerprint: str, number: int) -> str:
     f = _idx.feature(number)
     return render.fragment(render.numbers_html(f), render.view_html(f, "top", "snippet"))
-
-
-def about(idx, feature: int) -> str:
-    f = idx.feature(feature)
-    return f.label or "  ".join(t.text.strip() or t.text for t in f.tokens(2)) or "silent"
 
 
 page()

@@ -27,9 +27,7 @@ def page():
     state.restore_list()
     state.say_if_missing(last)
     state.enter("feature")
-    # another SAE may have fewer features, and page Prompt may have none chosen
-    if not 0 <= (st.session_state.feature or 0) <= last or st.session_state.feature is None:
-        st.session_state.feature = 0
+    state.own_feature(idx)
     detail(idx)
 
 

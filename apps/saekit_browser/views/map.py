@@ -99,10 +99,7 @@ def chosen(idx, picked: list[int]):
     rows = []
     for j in few:
         f = idx.feature(j)
-        top = f.tokens(1)
-        rows.append(
-            {"feature": j, "about": f.label or (top[0].text if top else "silent"), "density": 100 * f.density, "n": f.n}
-        )
+        rows.append({"feature": j, "about": state.about(idx, j, 1), "density": 100 * f.density, "n": f.n})
     key = f"picked-{state.digest(few)}"
     event = st.dataframe(
         pd.DataFrame(rows),

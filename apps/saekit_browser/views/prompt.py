@@ -238,7 +238,7 @@ def tokens(idx, text: EncodedText, feature: int | None):
     if feature is None:
         st.caption("Nothing fires on this text.")
         return
-    said = f"feature {feature:,}, {about(idx, feature)}: fires on {int((codes != 0).sum())} of {len(text)} tokens"
+    said = f"feature {feature:,}, {state.about(idx, feature)}: fires on {int((codes != 0).sum())} of {len(text)} tokens"
     legend = render.legend_html(scale, idx.signed, "its largest magnitude in the index")
     st.html(render.fragment(f"<p>{render.escape(said)}</p>{legend}"))
 
@@ -288,7 +288,7 @@ def ranking(idx, text: EncodedText):
             "feature": features,
             "code": [v for _, v in rows],
             "of max": [abs(v) / max(idx.feature(j).max, abs(v), 1e-30) for j, v in rows],
-            "about": [about(idx, j) for j in features],
+            "about": [state.about(idx, j) for j in features],
         }
     )
     key = f"ranking-{state.digest(features, token)}"
@@ -332,15 +332,9 @@ def small_multiples(idx, text: EncodedText):
             text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist()
         )  # fmt: skip
         lines.append(
-            f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(about(idx, j))}</p></div></div>'
+            f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(state.about(idx, j))}</p></div></div>'
         )
     st.html(render.fragment(*lines))
-
-
-def about(idx, feature: int) -> str:
-    """A feature in a few words: its label, else the tokens it fires on most."""
-    f = idx.feature(feature)
-    return f.label or "  ".join(t.text.strip() or t.text for t in f.tokens(3)) or "silent in the index"
 
 
 page()

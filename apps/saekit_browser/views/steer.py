@@ -20,8 +20,7 @@ def page():
     state.say_if_missing(len(idx) - 1)
     state.say_if_no_seed()
     state.enter("steer")
-    if not 0 <= (st.session_state.feature or 0) < len(idx) or st.session_state.feature is None:
-        st.session_state.feature = 0
+    state.own_feature(idx)
     steering(idx)
 
 
