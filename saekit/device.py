@@ -1,11 +1,16 @@
 """Where arithmetic runs and in which precision: chosen once, with the reason."""
 
+import ctypes
+from functools import cache
 from importlib.metadata import version
 
 import torch
 from saekit_kernels import why_not_bf16
 
 from saekit.errors import SaekitError
+
+# of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def resolve_device(name: str) -> torch.device:
@@ -18,6 +23,22 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise SaekitError(f"device {name} is not available here; pass --device cpu or auto") from None
     return device
+
+
+@cache
+def keep_freed_memory():
+    """Lets the C library's allocator keep what a forward pass on the CPU frees, for the next batch.
+
+    By default glibc gives the top of its heap back to the kernel again and again, and every page that comes anew is a fault:
+    a quarter of a pass in bf16. Blocks up to 64 MB come from the heap now, and up to 512 MB of it stay. For the whole process,
+    once; nothing happens where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 64 << 20)
+    mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def resolve_compute(name: str, device: torch.device) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from saekit_kernels import why_not_bf16
 from torch import Tensor, nn
 
 from saekit import hooks
-from saekit.device import resolve_device
+from saekit.device import keep_freed_memory, resolve_device
 from saekit.errors import SaekitError
 from saekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from saekit.hooks import Point, Seen
@@ -237,6 +237,8 @@ class LanguageModel:
         self._must_read_ids()
         self.config = hf.config.get_text_config()
         self.device: torch.device = hf.get_input_embeddings().weight.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.weights_fingerprint: str = weights_fingerprint(hf)
         """sha256 over names, dtypes, shapes and bytes of all weights as loaded, before any cast."""
         self.n_layers: int = self.config.num_hidden_layers

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saekit.device import keep_freed_memory
 from saekit.errors import SaekitError
 from saekit.fingerprints import weights_fingerprint
 from saekit.hooks import Point, Seen, capture, evaluating, observe, unfit
@@ -33,6 +34,8 @@ class PlainModule:
         if not isinstance(module, nn.Module):
             raise SaekitError(f"inputs are for a torch.nn.Module, not for a {type(module).__name__}; give the module")
         self.module = module
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def device(self) -> torch.device:
