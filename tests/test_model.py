@@ -6,6 +6,8 @@ stream's arithmetic. All models are random, 2 layers of width 64, with weights s
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -784,3 +786,22 @@ def test_tokenizer_fingerprint(tiny_model, tmp_path):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(state))
     assert tokenizer_fingerprint(tf.AutoTokenizer.from_pretrained(tmp_path / "again")) != first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted for glibc's allocator")
+def test_the_memory_of_a_batch_is_kept_for_the_next(tiny_model):
+    """By default glibc gives blocks of 40 MB back to the kernel, and every one of their pages comes anew as a fault."""
+    code = """
+import resource, sys, torch
+from saekit.model import load_model
+load_model(sys.argv[1])
+def faults():
+    block, before = torch.ones(10 << 20), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del block
+    torch.ones(10 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    line = [sys.executable, "-c", code, tiny_model]
+    assert int(subprocess.run(line, check=True, capture_output=True, text=True).stdout) < 100
