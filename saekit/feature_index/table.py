@@ -8,6 +8,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,16 +49,18 @@ class FeatureTable:
         if name == "bookmarked":
             return [j in self._entries and self._entries[j].bookmarked for j in rows.tolist()]
         if name == "flags_text":
-            return [", ".join(k for k, bit in FLAGS.items() if f & bit) for f in index.column("flags")[rows].tolist()]
+            return _each(index.column("flags")[rows], lambda f: ", ".join(k for k, bit in FLAGS.items() if f & bit))
         if name == "top_text":
-            return ["" if t == ABSENT else index.token_text(t) for t in index.column("top_token")[rows].tolist()]
+            return _each(index.column("top_token")[rows], self._text)
         if name in ("up", "down"):
-            tokens = index.file("logits")["token"][rows, int(name == "down"), 0]
-            return ["" if t == ABSENT else index.token_text(t) for t in tokens.tolist()]
+            return _each(index.file("logits")["token"][rows, int(name == "down"), 0], self._text)
         if name == "bar":
             bins = index.file("examples")["histogram"][rows].reshape(len(rows), 16, 4).sum(2, dtype=np.int64)
             return bins / np.maximum(1, bins.max(1, keepdims=True))
         return index.column(name)[rows]
+
+    def _text(self, token: int) -> str:
+        return "" if token == ABSENT else self.index.token_text(token)
 
     def __getitem__(self, name: str) -> np.ndarray | list:
         return self.column(name)
@@ -84,3 +87,10 @@ class FeatureTable:
 
     def __repr__(self) -> str:
         return f"FeatureTable({len(self):,} features, columns {', '.join(self.names)})"
+
+
+def _each(values: np.ndarray, say: Callable[[int], str]) -> list[str]:
+    """What `say` makes of every value; asked once for equal ones, of which a long table has many."""
+    different, place = np.unique(values, return_inverse=True)
+    said = [say(value) for value in different.tolist()]
+    return [said[i] for i in place.tolist()]
