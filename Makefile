@@ -45,7 +45,7 @@ ifndef OP
 	$(BIN)/python kernels/benchmarks/step.py --aux --shape 2048,768,24576,32 --save
 	$(BIN)/python tests/benchmarks/demo.py
 	$(BIN)/python tests/benchmarks/store.py
-	$(BIN)/python tests/benchmarks/index.py --keep
+	$(BIN)/python tests/benchmarks/index.py --keep --peer
 	$(BIN)/python tests/benchmarks/browser.py
 	$(BIN)/python tests/benchmarks/sweep.py
 	$(BIN)/python tests/benchmarks/sweep.py --model smollm2

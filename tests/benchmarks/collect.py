@@ -29,8 +29,9 @@ from saekit.progress import Progress
 from saekit.store import open_store
 from saekit.store.writer import TORCH_DTYPES
 
-HERE, CACHE = Path(__file__).parent, Path.home() / ".cache" / "saekit-benchmarks"
+HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "docs" / "study"))
+from environments import python_of  # noqa: E402
 from fetch import fetch_smollm2  # noqa: E402  (the study's folder is no package)
 
 CONTEXT, BATCH = 256, 32
@@ -100,11 +101,6 @@ print(json.dumps({"tokens_per_s": ids.size / (time.perf_counter() - start)}))
 
 def peer(folder: Path, ids: np.ndarray, layer: int, d: int, dtype: str) -> float:
     """SAELens on the same sequences, model, site and threads; its own model loading left out."""
-    environment = CACHE / "saelens"
-    if not (environment / "ready").is_file():
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([environment / "bin/pip", "install", "-q", "-r", HERE / "saelens.txt"], check=True)
-        (environment / "ready").touch()
     with tempfile.TemporaryDirectory() as scratch:
         np.save(f"{scratch}/ids.npy", ids)
         arguments = [
@@ -117,7 +113,7 @@ def peer(folder: Path, ids: np.ndarray, layer: int, d: int, dtype: str) -> float
             torch.get_num_threads(),
             BATCH,
         ]
-        line = [environment / "bin/python", "-c", PEER, *map(str, arguments)]
+        line = [python_of("saelens"), "-c", PEER, *map(str, arguments)]
         result = subprocess.run(line, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
         return json.loads(result.stdout.splitlines()[-1])["tokens_per_s"]

@@ -1,6 +1,6 @@
 """What a feature index costs, and what reading it costs.
 
-    python tests/benchmarks/index.py [--tokens 1000000] [--rounds 1] [--bounded 10000000] [--keep]
+    python tests/benchmarks/index.py [--tokens 1000000] [--rounds 1] [--bounded 10000000] [--peer] [--keep]
 
 1. Activations (D = 768) of a dictionary of 24,576 directions with Zipf usage, beside the tokens of real text, as a store; an SAE
    with that dictionary, k = 32. In turn: the store encoded in fp32 and nothing else; the same with the index built from it,
@@ -8,7 +8,9 @@
 2. From that index, files in the page cache: the data of a feature's page and its HTML, for features drawn evenly and for the 50
    densest; filter and sort.
 3. Filter and sort of an index of 131,072 features.
-4. Memory of the builder over ten times as many tokens, codes drawn rather than encoded (their number and usage the same).
+4. With `--peer` SAEDashboard from PyPI in an environment of its own (tests/benchmarks/dashboard.txt): the same SAE, 256 features on
+   65,536 tokens of a one-layer model, as fast as its model can be.
+5. Memory of the builder over ten times as many tokens, codes drawn rather than encoded (their number and usage the same).
 
 `--keep` leaves the first index under ~/.cache/saekit-benchmarks/index, for browser.py.
 
@@ -16,6 +18,7 @@ N tokens · D width · F features · K codes per token
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from environments import CACHE, python_of
 from saekit_kernels import Codes, decode
 
 import saekit as sk
@@ -44,7 +48,7 @@ from saekit.source import TextSource
 from saekit.store import Store, StoreWriter, open_store
 from saekit.store.format import TokenTable, join_tables
 
-KEPT = Path.home() / ".cache" / "saekit-benchmarks" / "index"
+KEPT = CACHE / "index"
 SITE, CONTEXT, D, F, K = "blocks.6.hook_resid_post", 256, 768, 24_576, 32
 NOISE = 0.05
 PAGE_COLUMNS = (
@@ -191,7 +195,7 @@ def table(index: FeatureIndex, name: str):
     )
 
 
-# 3 and 4. Codes that are drawn
+# 3 and 5. Codes that are drawn
 
 
 class DrawnStore:
@@ -282,11 +286,56 @@ def drawn(tokens: int):
         )
 
 
+# 4. SAEDashboard
+
+PEER = """
+import json, sys, time, torch
+from sae_dashboard.sae_vis_data import SaeVisConfig
+from sae_dashboard.sae_vis_runner import SaeVisRunner
+from sae_lens import TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+weights, features, tokens, context, k, vocabulary, threads = sys.argv[1], *map(int, sys.argv[2:8])
+torch.set_num_threads(threads)
+w = load_file(weights)
+F, D = w["W_dec"].shape
+# of unit rows, so nothing is rescaled; without it the runner refuses a TopK
+sae = TopKSAE(TopKSAEConfig(d_in=D, d_sae=F, k=k, device="cpu", rescale_acts_by_decoder_norm=True))
+with torch.no_grad():
+    for name, t in {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}.items():
+        getattr(sae, name).copy_(t)
+model = HookedTransformer(HookedTransformerConfig(
+    n_layers=1, d_model=D, n_ctx=context, d_head=64, act_fn="gelu", d_vocab=vocabulary, device="cpu", seed=0
+))
+ids = torch.randint(vocabulary, (tokens // context, context), generator=torch.Generator().manual_seed(0))
+config = SaeVisConfig(
+    hook_point="blocks.0.hook_resid_post", features=list(range(features)), minibatch_size_features=64,
+    minibatch_size_tokens=64,
+)
+start = time.perf_counter()
+data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=ids)
+assert len(data.feature_data_dict) == features
+print(json.dumps(time.perf_counter() - start))
+"""
+PEER_FEATURES, PEER_TOKENS = 256, 65_536
+
+
+def dashboard(weights: Path, vocabulary: int) -> float:
+    """Seconds of SAEDashboard for the data of 256 features on 65,536 tokens."""
+    python = python_of("dashboard", without=("torchaudio", "torchvision"))
+    sizes = (PEER_FEATURES, PEER_TOKENS, CONTEXT, K, vocabulary, torch.get_num_threads())
+    line = [python, "-c", PEER, weights, *map(str, sizes)]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--bounded", type=int, default=10_000_000, help="tokens of the last step; 0 leaves it out")
+    parser.add_argument("--peer", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--drawn", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -314,6 +363,14 @@ def main():
         table(index, f"{F:,} features")
         wide, _, _ = drawn_index(folder / "saes" / "wide", 200_000, 131_072, 64)
         table(wide, "131,072 features")
+        if options.peer:
+            seconds = dashboard(sae.path / "sae.safetensors", lm.vocab_size)
+            ours = statistics.median(b for _, b in pairs)
+            share = PEER_FEATURES / F * PEER_TOKENS / store.rows
+            print(
+                f"SAEDashboard, {PEER_FEATURES} features, {PEER_TOKENS:,} tokens: {seconds:.0f} s; all features and tokens at that "
+                f"rate {seconds / share / 3600:.0f} h, {seconds / share / ours:,.0f} times as long"
+            )
     # each in a process of its own: memory that was freed before would hide what is taken
     for tokens in (options.bounded // 10, options.bounded) if options.bounded else ():
         subprocess.run([sys.executable, __file__, "--drawn", str(tokens)], check=True)
