@@ -31,6 +31,7 @@ usage: saekit VERB [options]        saekit VERB --help
   compare  SAE SAE ...                          what was measured of several, side by side
   steer    SAE 123 --prompt TEXT                what the model writes with doses of a feature
   check    PATH                                 integrity of a store, an SAE folder or an index
+  doctor                                        versions, devices, kernels, a self-test: for a bug report
   demo                                          all of it on the bundled language model, offline, in minutes
 
   a first try:  saekit demo
@@ -565,6 +566,25 @@ def check(argv: list[str]):
     print(f"{path}: {kind} is sound")
 
 
+def doctor(argv: list[str]):
+    def parse(*, device: str = "auto"):
+        """What to paste into a bug report: versions, devices, the kernels chosen and why, free disk, and a self-test of
+        some seconds. No paths, no names. Ends with code 2 if the self-test fails.
+
+        Args:
+            device: Where the self-test runs; auto = a GPU if there is one.
+        """
+        return device
+
+    device = _parse(parse, argv, "saekit doctor")
+    from saekit.doctor import doctor
+
+    report, problems = doctor(device)
+    print(report)
+    if problems:
+        raise SaekitError("self-test failed: " + "; ".join(problems))
+
+
 def demo(argv: list[str]):
     def parse(*, out: Path = Path("demo"), browser: bool = True, port: int = 8501):
         """All of it on the bundled language model, offline: collect, train, index, evaluate, then the browser.
@@ -584,4 +604,4 @@ def demo(argv: list[str]):
         browse([str(out / "saes"), "--port", str(port)])
 
 
-VERBS = {f.__name__: f for f in (collect, train, evaluate, index, browse, feature, compare, steer, check, demo)}
+VERBS = {f.__name__: f for f in (collect, train, evaluate, index, browse, feature, compare, steer, check, doctor, demo)}
