@@ -18,6 +18,7 @@ N token positions, E of them encoded · S sequences · F features · D width · 
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ from saekit.feature_index.format import (
     TOP,
     bit_width,
     exponent_of,
+    kept_of,
     quantise,
 )
 from saekit.feature_index.geometry import logit_weights, neighbours, principal_plane, weight_columns
@@ -46,7 +48,9 @@ from saekit.feature_index.reader import FeatureIndex, open_index
 from saekit.feature_index.tables import BLOCK_FIRINGS, Tables, flag_bits
 from saekit.feature_index.vocabulary import VocabBytes, vocab_bytes
 from saekit.progress import Progress
+from saekit.store.batches import parse_bytes
 from saekit.store.format import (
+    Joined,
     atomic_write,
     canonical_json,
     pretty_json,
@@ -62,6 +66,8 @@ PENDING_CODES = 1 << 24
 """Codes that may wait for it; where many features fire these are fewer tokens."""
 BY_TOKEN_BYTES = 8 << 30
 RAM = 1 << 30
+LEAST_CAP = 100
+"""Firings that samples of ten slices and twenty examples are drawn from."""
 # sites that add straight into the residual stream, where a decoder row times the unembedding means something
 DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
@@ -93,6 +99,7 @@ class IndexBuilder:
         unembedding: (W_U_VD float32, note): logit weights; None leaves them out.
         by_token: what fires on each token, on disk; None = if it stays below 8 GiB.
         ram: bytes one bucket may take; None = a quarter of what is free, at most 1 GiB.
+        cap: firings kept in `codes` of a feature that has more, an even sample; all tables stay exact. None = all.
         seed: of the samples.
 
     Raises SaekitError if another process builds there, or a token position does not fit 32 bits.
@@ -110,11 +117,14 @@ class IndexBuilder:
         unembedding: tuple[torch.Tensor, str] | None = None,
         by_token: bool | None = None,
         ram: int | None = None,
+        cap: int | None = None,
         seed: int = 0,
     ):
+        if cap is not None and cap < LEAST_CAP:
+            raise SaekitError(f"a cap of {cap:,} firings leaves too little to look at; pass {LEAST_CAP} or more")
         self.sae, self.store, self.site = sae, store, site or sae.site
         self.F, self.D = sae.W_dec.shape
-        self.seed, self.by_token, self.unembedding = seed, by_token, unembedding
+        self.seed, self.by_token, self.cap, self.unembedding = seed, by_token, cap, unembedding
         table = store.table
         self.S = table.n_sequences if n_sequences is None else min(n_sequences, table.n_sequences)
         self.seq_start = np.array(table.seq_start[: self.S + 1])
@@ -302,9 +312,9 @@ class IndexBuilder:
             return np.zeros(0, dtype)
         return np.memmap(self.partial / name, dtype, "r+" if writable else "r", shape=(size,))
 
-    def _write(self, name: str, tensors: dict[str, np.ndarray]):
+    def _write(self, name: str, tensors: Mapping[str, np.ndarray | Joined]):
         # the widest tensor comes first in the file; aligning it pads the header to a multiple of 64 bytes
-        first = max(tensors, key=lambda k: tensors[k].itemsize)
+        first = max(tensors, key=lambda k: tensors[k].dtype.itemsize)
         file = f"{name}.safetensors"
         self.files[file] = write_tensors(self.partial / file, tensors, align=first)
 
@@ -405,8 +415,29 @@ class IndexBuilder:
                 done += len(part)
                 progress.advance(len(part))
         self.code_start = np.concatenate([[0], np.cumsum(self.n)]).astype(np.int64)
-        self._write("codes", {"start": self.code_start, "position": position, "value": value.view(np.float16)})
+        kept = self.n if self.cap is None else np.minimum(self.n, self.cap)
+        self._write(
+            "codes",
+            {
+                "start": np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
+                "position": Joined(position.dtype, int(kept.sum()), lambda: self._kept(position)),
+                "value": Joined(np.dtype(np.float16), int(kept.sum()), lambda: self._kept(value.view(np.float16))),
+            },
+        )
         return position, value
+
+    def _kept(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """What `codes` keeps of an array in the order of features, in pieces."""
+        capped = [] if self.cap is None else np.flatnonzero(self.n > self.cap).tolist()
+        done = 0
+        for j in capped:
+            a, b = self.code_start[j : j + 2].tolist()
+            yield array[done:a]
+            for lo in range(0, self.cap, BLOCK_FIRINGS):
+                key = (self.seed << 32) + j
+                yield array[a + kept_of(b - a, self.cap, lo, min(lo + BLOCK_FIRINGS, self.cap), key)]
+            done = b
+        yield array[done:]
 
     # geometry
 
@@ -488,7 +519,7 @@ class IndexBuilder:
                 "bins": BINS,
                 "tokens": TOKENS,
                 "by_token": self.by_token,
-                "cap": None,
+                "cap": self.cap,
                 "compute": "fp32",
                 "logits": logits,
                 "map": {"method": "pca", "seed": None} if "map.safetensors" in self.files else None,
@@ -552,7 +583,17 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
     if o.tokens is not None:
         n_sequences = max(1, int(np.searchsorted(store.table.seq_start, o.tokens)))
     builder = IndexBuilder(
-        sae, store, sae.path, site=site, n_sequences=n_sequences, vocab=vocab, unembedding=unembedding, seed=o.seed
+        sae,
+        store,
+        sae.path,
+        site=site,
+        n_sequences=n_sequences,
+        vocab=vocab,
+        unembedding=unembedding,
+        by_token=o.by_token,
+        ram=None if o.ram is None else parse_bytes(o.ram),
+        cap=o.cap,
+        seed=o.seed,
     )
     builder.warnings += reasons
     encode_store(sae, store, site, [builder], rows=builder.rows(), name="index")

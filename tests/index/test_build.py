@@ -229,6 +229,58 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     assert files_of(make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "c", ram=4096)) == expected
 
 
+@pytest.mark.parametrize("by_token", [True, False])
+def test_cap_keeps_an_even_sample_and_exact_tables(make_index, tmp_path, monkeypatch, by_token):
+    monkeypatch.setattr(build, "LEAST_CAP", 10)
+    monkeypatch.setattr(build, "BLOCK_FIRINGS", 64)
+    dense_NF = helpers().random_dense(7, 900, 60, signed=True)
+    dense_NF[:300, 5] = 0
+    options = {"lengths": [300] * 3, "by_token": by_token}
+    whole = make_index(dense_NF, folder=tmp_path / "whole", **options).index
+    idx = make_index(dense_NF, folder=tmp_path / "capped", cap=100, **options).index
+    assert idx.manifest["build"]["cap"] == 100 and idx.manifest["Z"] == whole.manifest["Z"] and idx.check() == []
+    n = whole.column("n")
+    assert 3 < (n > 100).sum() < 50 and n[1] > 500
+    assert np.array_equal(np.diff(idx.file("codes")["start"]), np.minimum(n, 100))
+    assert np.array_equal(idx.column("kept"), np.minimum(1, 100 / np.maximum(1, n)).astype(np.float32))
+    # all else is of every firing
+    for name in set(whole.manifest["files"]) - {"codes.safetensors", "features.safetensors", "documents.jsonl"}:
+        assert (idx.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    for name, column in whole.file("features").items():
+        if name not in ("kept", "flags"):
+            assert np.array_equal(idx.column(name), column, equal_nan=column.dtype.kind == "f"), name
+    for j in range(60):
+        f, all_of_it = idx.feature(j), whole.feature(j)
+        assert f.capped == ("capped" in f.flags) == (n[j] > 100)
+        at = np.searchsorted(all_of_it.positions, f.positions)
+        assert np.array_equal(all_of_it.positions[at], f.positions) and np.array_equal(all_of_it.values[at], f.values)
+        # one of each hundredth part, so that no stretch of text is left out
+        assert not f.capped or (at // (n[j] / 100)).astype(int).tolist() == pytest.approx(range(100), abs=1)
+        for sign in "+-":
+            top = f.top(20, sign)
+            assert [(e.position, e.value) for e in top] == [(e.position, e.value) for e in all_of_it.top(20, sign)]
+            for slice in f.quantiles(10, 4, sign):
+                assert all(slice.low <= abs(e.value) <= slice.high for e in slice.examples)
+            if by_token:
+                assert all(np.array_equal(a.codes, b.codes) for a, b in zip(top, all_of_it.top(20, sign), strict=True))
+    assert np.array_equal(idx.counts_at(np.arange(900)), n)
+    f = idx.feature(1)
+    for shown in (str(f), f.html(), f.html("near"), f.text("quantiles")):
+        assert f"capped: shown from 100 of {n[1]:,} firings" in shown
+    few = next(j for j in range(60) if n[j] == idx.column("n")[(n > 60) & (n < 90)].max())
+    assert not idx.feature(few).capped and idx.feature(few).near_misses()
+    # not dense, but a firing that is left out would look like silence
+    rare = next(j for j in range(60) if idx.feature(j).capped and j != 1)
+    monkeypatch.setattr(type(f), "flags", ("capped",))
+    assert idx.feature(rare).near_misses() == [] and "it is capped" in idx.feature(rare).html("near")
+    together = {x.feature: x.count for x in idx.feature(1).neighbours("together", 60)}
+    if by_token:
+        both = (dense_NF != 0)[:, [1]] & (dense_NF != 0)
+        assert all(abs(count - both[:, j].sum()) < 0.35 * both[:, j].sum() + 20 for j, count in together.items())
+    with pytest.raises(SaekitError, match="a cap of 9 firings leaves too little to look at; pass 10 or more"):
+        make_index(dense_NF, folder=tmp_path / "none", cap=9, **options)
+
+
 def test_exponent():
     # 5 = 0.625 · 2³ → 5 / 2^-7 = 640, and powers of two land on 512
     assert exponent_of(5.0) == -7 and exponent_of(512.0) == 0 and exponent_of(1023.9) == 0 and exponent_of(0.0) == 0
