@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from saekit.feature_index.build import IndexBuilder
 from saekit.feature_index.format import exponent_of, quantise
 from saekit.feature_index.geometry import logit_weights
 from saekit.feature_index.vocabulary import vocab_bytes
+from saekit.store.format import read_header
 
 ABSENT = 0xFFFFFFFF
 
@@ -401,6 +403,56 @@ def test_files_are_plain_safetensors_in_order(random_index):
     dtypes = {k: v.dtype.str for k, v in idx.file("codes").items()}
     assert dtypes == {"start": "<i8", "position": "<u4", "value": "<f2"}
     assert idx.file("by_token")["feature"].dtype == np.uint16
+
+
+def section() -> str:
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    return text[text.index("## Feature index, format 1") :]
+
+
+@pytest.mark.parametrize("cap", [None, 100])
+def test_documented_lines_read_it(make_index, cap):
+    made = make_index(helpers().random_dense(3, 600, 40, signed=True), cap=cap)
+    code = re.search(r"```python\n(.*?)```", section(), re.DOTALL)
+    assert code and "saekit." not in code[1] and "torch" not in code[1] and len(code[1].splitlines()) <= 40
+    names: dict = {}
+    exec(code[1], names)
+    for j in range(40):
+        positions, values, pieces = names["read_firings"](made.index.path, j)
+        f = made.index.feature(j)
+        assert np.array_equal(positions, f.positions) and np.array_equal(values, f.values)
+        assert pieces == [made.index.pieces([t])[0] for t in made.token_N[positions]]
+    for name in made.index.manifest["files"]:
+        for key, array in names["open_tensors"](made.index.path / name).items():
+            assert np.array_equal(array, made.index.file(name[:-12])[key], equal_nan=array.dtype.kind == "f")
+
+
+def test_every_tensor_and_key_is_documented(make_index):
+    unembedding = (torch.ones(50, 6), "")
+    idx = make_index(helpers().random_dense(3, 600, 40, signed=True), unembedding=unembedding).index
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
+    documented, file = {}, ""
+    for row in cells:
+        if len(row) == 4 and row[0] != "file" and row[1] != "---":
+            file = row[0].strip("`") or file
+            for name in re.findall(r"`(\w+)`", row[1]):
+                documented[f"{file}.{name}"] = set(re.findall(r"[IUF]\d+|BOOL", row[2]))
+        elif len(row) == 2 and "`" in row[0]:
+            for names, tags in re.findall(r"((?:`\w+`[, ]*)+)([IUF]\d+)", row[0]):
+                documented |= {f"features.{name}": {tags} for name in re.findall(r"`(\w+)`", names)}
+    tensors = {
+        f"{name[:-12]}.{key}": entry.tag
+        for name in idx.manifest["files"]
+        for key, entry in read_header(idx.path / name).items()
+    }
+    assert len(tensors) > 50
+    for name, tag in tensors.items():
+        assert tag in documented[name], (name, tag)
+    # what this index lacks: columns that need a variant with thresholds or budgets
+    assert set(documented) - set(tensors) - {"features."} == {"features.threshold", "features.budget"}
+    for keys in (idx.manifest, idx.manifest["build"], idx.manifest["fingerprints"]):
+        for key in keys:
+            assert f"`{key}`" in section(), key
 
 
 @pytest.mark.parametrize("signed", [False, True])
