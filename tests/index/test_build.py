@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saekit.errors import SaekitError
-from saekit.feature_index import build, geometry, open_index, tables
+from saekit.feature_index import build, geometry, open_index, segments, tables
 from saekit.feature_index.build import IndexBuilder
 from saekit.feature_index.format import exponent_of, quantise
 from saekit.feature_index.geometry import logit_weights
@@ -220,7 +220,7 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     dense_NF = helpers().random_dense(7, 900, 60, signed=True)
     first = make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "a")
     expected = files_of(first)
-    assert len(first.builder._buckets(10)) == 1
+    assert len(first.builder._buckets(10)) == 1 and first.builder.borders.tolist() == [0, 900]
     # buckets of at most 16 firings: the dense feature outgrows one and needs no sort
     many = make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "b", ram=128, chunk=101, flat=False)
     assert len(many.builder._buckets(10)) > 20
@@ -228,6 +228,8 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     for module in (build, tables):
         monkeypatch.setattr(module, "BLOCK_FIRINGS", 64)
     monkeypatch.setattr(tables, "BLOCK_FEATURES", 7)
+    # two segments, of two sequences and of one
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 400)
     assert files_of(make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "c", ram=4096)) == expected
 
 
@@ -292,7 +294,7 @@ def test_exponent():
 
 
 def test_overflow_raises_the_exponent_and_no_firing_is_lost(make_index, monkeypatch):
-    monkeypatch.setattr(build, "EXPONENT_TOKENS", 4)
+    monkeypatch.setattr(segments, "EXPONENT_TOKENS", 4)
     dense_NF = np.zeros((40, 3), np.float32)
     dense_NF[:, 0] = 1e-3
     dense_NF[:, 1] = -np.linspace(1, 2, 40)
@@ -308,18 +310,6 @@ def test_overflow_raises_the_exponent_and_no_firing_is_lost(make_index, monkeypa
     assert idx.check() == []
     per_token = idx.at(3).values
     assert per_token[0] < 0 < per_token[1]
-
-
-def test_codes_that_are_written_early_change_nothing(make_index, tmp_path, monkeypatch):
-    """Where many features fire, codes leave memory before the tokens are seen from which the exponent is chosen."""
-    rising_NF = np.linspace(1, 60, 200, dtype=np.float32)[:, None] * np.array([1, -1, 0.5], np.float32)
-    expected = make_index(rising_NF, folder=tmp_path / "a", chunk=20)
-    # 60 = 0.94 · 2⁶; the first 20 tokens alone would have given 7 = 0.85 · 2³
-    assert expected.index.manifest["value_exponent"] == -4
-    monkeypatch.setattr(build, "PENDING_CODES", 60)
-    early = make_index(rising_NF, folder=tmp_path / "b", chunk=20)
-    assert early.builder._runs[0] == (0, -7)
-    assert files_of(early) == files_of(expected)
 
 
 @pytest.mark.parametrize(("N", "F", "fires"), [(1, 1, True), (1, 1, False), (5, 3, False), (1, 70_000, True)])
