@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -240,7 +239,8 @@ class IndexBuilder:
 
     def segment(self, number: int, before: int) -> Segment:
         """A consumer of the rows of one segment, which `before` rows of the text precede."""
-        return Segment(self.partial, number, *self.borders[number : number + 2].tolist(), before, self._about)
+        lo, hi = self.borders[number : number + 2].tolist()
+        return Segment(self.partial, number, lo, hi, before, self._about)
 
     def missing(self) -> list[int]:
         """Numbers of the segments that are not committed."""
@@ -426,14 +426,14 @@ class IndexBuilder:
 
     def _kept(self, array: np.ndarray) -> Iterator[np.ndarray]:
         """What `codes` keeps of an array in the order of features, in pieces."""
-        capped = [] if self.cap is None else np.flatnonzero(self.n > self.cap).tolist()
-        done = 0
+        cap, done = self.cap or self.N, 0
+        capped = np.flatnonzero(self.n > cap).tolist()
         for j in capped:
             a, b = self.code_start[j : j + 2].tolist()
             yield array[done:a]
-            for lo in range(0, self.cap, BLOCK_FIRINGS):
+            for lo in range(0, cap, BLOCK_FIRINGS):
                 key = (self.seed << 32) + j
-                yield array[a + kept_of(b - a, self.cap, lo, min(lo + BLOCK_FIRINGS, self.cap), key)]
+                yield array[a + kept_of(b - a, cap, lo, min(lo + BLOCK_FIRINGS, cap), key)]
             done = b
         yield array[done:]
 
@@ -559,14 +559,14 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
     with joined_ranks() as ranks:
         builder, before = None, torch.get_num_threads()
         try:
-            builder = built(ranks, lambda: _prepared(sae, store, o, ranks))
-            _encode(builder, decided(ranks, builder.missing), ranks)
-            decided(ranks, lambda: _finish(builder))
+            made = builder = built(ranks, lambda: _prepared(sae, store, o, ranks))
+            _encode(made, decided(ranks, made.missing), ranks)
+            decided(ranks, lambda: _finish(made))
         finally:
             torch.set_num_threads(before)
             if builder is not None:
                 builder.close()
-        return open_index(builder.folder)
+        return open_index(made.folder)
 
 
 def _prepared(sae, store, o: "IndexOptions", ranks: "Ranks") -> IndexBuilder:
@@ -664,11 +664,17 @@ def _encode(builder: IndexBuilder, todo: list[int], ranks: "Ranks"):
 
     with Stop() as stop, Progress("index", sum(first[i + 1] - first[i] for i in mine), "tokens") as progress:
 
-        def update(_):
-            if stop.signal:
-                left = len(builder.missing())
-                done = f"{len(first) - 1 - left} of {len(first) - 1} segments are encoded"
-                leave(ranks, stop, f"stopped, {done}; the same command continues")
+        class Pause:
+            """Lets a signal end the work between two chunks."""
+
+            def update(self, chunk):
+                if stop.signal:
+                    left = len(builder.missing())
+                    done = f"{len(first) - 1 - left} of {len(first) - 1} segments are encoded"
+                    leave(ranks, stop, f"stopped, {done}; the same command continues")
+
+            def finish(self):
+                pass
 
         for i in mine:
             part = rows[first[i] : first[i + 1]]
@@ -678,7 +684,7 @@ def _encode(builder: IndexBuilder, todo: list[int], ranks: "Ranks"):
                     builder.sae,
                     store,
                     builder.site,
-                    [segment, SimpleNamespace(update=update, finish=lambda: None)],
+                    [segment, Pause()],
                     rows=part,
                     progress=progress,
                 )
