@@ -341,6 +341,8 @@ def index(argv: list[str]):
     from saekit.feature_index import build_index
 
     found = build_index(sae, **vars(options))
+    if os.environ.get("RANK", "0") != "0":
+        return
     m = found.manifest
     named = "" if variant_file is None else f" --variant-file {variant_file}"
     print(f"{m['Z']:,} firings of {m['F']:,} features on {m['E']:,} tokens\nnext:  saekit browse {sae}{named}")

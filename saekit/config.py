@@ -179,6 +179,12 @@ class IndexOptions:
     """Language model for logit weights; None = the one the store was collected from, left out if it is not at hand."""
     tokens: int | None = None
     """Index the first so many tokens of the store; None = all."""
+    cap: int | None = None
+    """Keep an even sample of so many firings of features that have more; counts and tables stay exact. None = keep all."""
+    by_token: bool | None = None
+    """Also write what fires on each token, never capped: page Prompt and what fires together need it. None = if it stays below 8 GiB."""
+    ram: str | None = None
+    """Memory for sorting, such as 512MiB; None = a quarter of what is free, at most 1 GiB."""
     force: bool = False
     """Index although the SAE was trained on another model than the store's."""
     seed: int = 0

@@ -6,6 +6,7 @@ Tier 1 of evaluate and the index builder are consumers: each has `update(chunk)`
 as outliers carry no code. n rows in a chunk · D model width · F features.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,8 +57,11 @@ def encode_store(
     *,
     rows: np.ndarray | None = None,
     name: str = "encode",
+    progress: Progress | None = None,
 ):
     """Runs `sae` over `rows` of a site (ascending row numbers; None = all that are no outliers), in text order.
+
+    `progress` is advanced where it is given, else there is one of this `name`.
 
     Raises SaekitError if the SAE's width is not the site's.
     """
@@ -70,7 +74,7 @@ def encode_store(
     heldout[store.heldout_sequences()] = True
     device = sae.W_enc.device
     start, size = 0, min(CHUNK_ROWS, max(1, CHUNK_CODES // sae.d_sae))
-    with Progress(name, len(rows), "tokens") as progress:
+    with nullcontext(progress) if progress else Progress(name, len(rows), "tokens") as progress:
         while start < len(rows):
             part = rows[start : start + size]
             lo, hi = int(part[0]), int(part[-1]) + 1

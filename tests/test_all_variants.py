@@ -354,7 +354,6 @@ def test_many_codes_come_in_shorter_chunks_and_change_nothing(trained, store, tm
     assert [n for n, _ in sizes] == [3000]
     # the first chunk is as long as if all features fired, later ones as the one before tells
     monkeypatch.setattr("saekit.encoding.CHUNK_CODES", 40_000)
-    monkeypatch.setattr("saekit.feature_index.build.PENDING_CODES", 50_000)
     sae.save(tmp_path / "two")
     two = IndexBuilder(sae, store, tmp_path / "two")
     sizes = Sizes()

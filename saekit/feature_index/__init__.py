@@ -13,6 +13,7 @@ Each file imports only from those above it:
     feature.py, table.py                    one feature; many as rows
     search.py, encoded.py                   finding features; those of a text that was typed
     reader.py                               `open_index` and `FeatureIndex`
+    segments.py                             the first pass: what fires where, in stretches of text that are kept
     build.py                                `IndexBuilder`, a consumer of `encode_store`, and `build_index`
 """
 

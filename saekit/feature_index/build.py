@@ -3,24 +3,30 @@
     builder = IndexBuilder(sae, store, "saes/x", vocab=vocab_bytes(tokenizer, V), unembedding=lm.unembedding())
     encode_store(sae, store, site, [builder], rows=builder.rows())    # update(chunk) …, finish()
 
-1. Each chunk's firings are sorted inside their token by falling magnitude and appended to two raw files; counts per
-   feature and per token grow beside them.
-2. Those files are read once per bucket of features that fits the memory budget; each firing becomes one uint64
+1. The text is encoded in segments; each is committed whole to `index.partial/`, its firings by token and falling magnitude
+   (segments.py).
+2. They are read once per bucket of features that fits the memory budget; each firing becomes one uint64
    (feature | position | 16 value bits), one plain sort per bucket puts them by feature, then by position.
 3. A second pass over these codes, in blocks of features, makes every table: one sort by strength for examples, samples and
    quantiles, one by token for the token statistics.
-4. Everything stands in `index.partial/` until the manifest is written, last; then the folder gets its name.
+4. Everything stands in `index.partial/index/` until the manifest is written, last; then that folder becomes `index/`.
+
+The same command goes on behind the last segment of a build that was killed, and ends in the same bytes. Under `torchrun`
+the segments are shared out; what follows them is the first process's work.
 
 Values are float16 times 2^value_exponent. The third step is tables.py; what the weights alone say is geometry.py.
 
 N token positions, E of them encoded · S sequences · F features · D width · Z non-zero codes · V vocabulary.
 """
 
+import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,14 +45,29 @@ from saekit.feature_index.format import (
     TOP,
     bit_width,
     exponent_of,
+    kept_of,
     quantise,
 )
 from saekit.feature_index.geometry import logit_weights, neighbours, principal_plane, weight_columns
 from saekit.feature_index.reader import FeatureIndex, open_index
+from saekit.feature_index.segments import (
+    PER_TOKEN,
+    SEGMENT_SUFFIXES,
+    SEGMENT_TOKENS,
+    About,
+    OpenSegment,
+    Segment,
+    feature_dtype,
+    open_segment,
+    segment_borders,
+)
 from saekit.feature_index.tables import BLOCK_FIRINGS, Tables, flag_bits
 from saekit.feature_index.vocabulary import VocabBytes, vocab_bytes
+from saekit.interrupt import Stop
 from saekit.progress import Progress
+from saekit.store.batches import parse_bytes
 from saekit.store.format import (
+    Joined,
     atomic_write,
     canonical_json,
     pretty_json,
@@ -56,28 +77,16 @@ from saekit.store.format import (
     write_tensors,
 )
 
-EXPONENT_TOKENS = 65_536
-"""The value exponent is chosen from so many tokens."""
-PENDING_CODES = 1 << 24
-"""Codes that may wait for it; where many features fire these are fewer tokens."""
+if TYPE_CHECKING:
+    from saekit.config import IndexOptions
+    from saekit.ranks import Ranks
+
 BY_TOKEN_BYTES = 8 << 30
 RAM = 1 << 30
+LEAST_CAP = 100
+"""Firings that samples of ten slices and twenty examples are drawn from."""
 # sites that add straight into the residual stream, where a decoder row times the unembedding means something
 DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-
-
-def _pairs(codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row (int64), feature (int32) and value (float32) of each firing, in row order.
-
-    As `Codes.pairs`, in numpy: five times as fast on a CPU that is busy with something else (8,192 rows of 32 codes).
-    """
-    value = codes.values.detach().float().reshape(-1).cpu().numpy()
-    live = np.flatnonzero(value)
-    if codes.row_ptr is None:
-        row = live // codes.values.shape[1]
-    else:
-        row = np.repeat(np.arange(codes.batch), np.diff(codes.row_ptr.cpu().numpy()))[live]
-    return row, codes.indices.reshape(-1).cpu().numpy()[live], value[live]
 
 
 class IndexBuilder:
@@ -93,7 +102,10 @@ class IndexBuilder:
         unembedding: (W_U_VD float32, note): logit weights; None leaves them out.
         by_token: what fires on each token, on disk; None = if it stays below 8 GiB.
         ram: bytes one bucket may take; None = a quarter of what is free, at most 1 GiB.
+        cap: firings kept in `codes` of a feature that has more, an even sample; all tables stay exact. None = all.
         seed: of the samples.
+        plan: what the codes depend on, as JSON; a build of the same plan that was cut off there goes on. None = start over.
+        rank: of several processes that build together, of which the first is 0 and writes everything but segments.
 
     Raises SaekitError if another process builds there, or a token position does not fit 32 bits.
     """
@@ -110,11 +122,16 @@ class IndexBuilder:
         unembedding: tuple[torch.Tensor, str] | None = None,
         by_token: bool | None = None,
         ram: int | None = None,
+        cap: int | None = None,
         seed: int = 0,
+        plan: dict | None = None,
+        rank: int = 0,
     ):
+        if cap is not None and cap < LEAST_CAP:
+            raise SaekitError(f"a cap of {cap:,} firings leaves too little to look at; pass {LEAST_CAP} or more")
         self.sae, self.store, self.site = sae, store, site or sae.site
         self.F, self.D = sae.W_dec.shape
-        self.seed, self.by_token, self.unembedding = seed, by_token, unembedding
+        self.seed, self.by_token, self.cap, self.unembedding = seed, by_token, cap, unembedding
         table = store.table
         self.S = table.n_sequences if n_sequences is None else min(n_sequences, table.n_sequences)
         self.seq_start = np.array(table.seq_start[: self.S + 1])
@@ -138,33 +155,31 @@ class IndexBuilder:
 
         self.folder = Path(folder)
         self.partial = self.folder / "index.partial"
-        self._begin()
-        feature_dtype = np.uint16 if self.F <= 1 << 16 else np.uint32
-        self._out_feature = open(self.partial / "feature.part", "wb")  # noqa: SIM115  open across calls
-        self._out_value = open(self.partial / "value.part", "wb")  # noqa: SIM115
-        self._feature_dtype = feature_dtype
-        self._start = self.scratch("start", np.int64, self.N + 1)
-        self.encoded = self.scratch("encoded", np.bool_, self.N)
-        self.early = self.scratch("early", np.bool_, self.N)
-        self._per_token = {name: self.scratch(name, np.float32, self.N) for name in ("norm_x", "norm_code", "error")}
+        self.out = self.partial / "index"
+        self._lock = None
+        if rank == 0:
+            self._begin(plan)
+        elif self._plan() != plan:
+            raise SaekitError(f"rank {rank} does not see {self.partial}/plan.json; all ranks need the same folder")
+        self.borders = segment_borders(self.seq_start)
         self.n = np.zeros(self.F, np.int64)
         self.Z = 0
-        self._seen = 0
-        self._exponent: int | None = None
-        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        # (first firing, exponent) of each stretch written with one exponent
-        self._runs: list[tuple[int, int]] = []
-        self._largest = self._largest_early = 0.0
-        self._last_position = -1
-        self._sequence, self._in_sequence = -1, 0
         self.dec_norm_F = torch.linalg.vector_norm(sae.W_dec.detach().float(), dim=1).cpu().numpy()
+        self._about = About(
+            self.F, self.seq_start, self.dec_norm_F, self.signed, sae.config.get("variant"), self.folder
+        )
+        self._open: Segment | None = None
 
     def rows(self, outliers: str = "skip") -> np.ndarray:
         """Row numbers of the store that belong to the indexed sequences, ascending."""
         rows = self.store.valid_rows([self.site], split="all", outliers=outliers)
         return rows[rows < self.store.seq_rows()[self.S]]
 
-    def _begin(self):
+    def _plan(self) -> dict | None:
+        path = self.partial / "plan.json"
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def _begin(self, plan: dict | None):
         index, old = self.folder / "index", self.folder / "index.old"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.partial.mkdir(exist_ok=True)
@@ -172,9 +187,28 @@ class IndexBuilder:
         if old.is_dir() and not index.is_dir():
             # killed between the two renames of _publish: the older index is the only whole one
             old.rename(index)
+        was = self._plan()
+        goes_on = plan is not None and was == plan
+        if plan and was and not goes_on:
+            key = next(key for key in {**plan, **was} if plan.get(key) != was.get(key))
+            Progress.say(
+                f"{self.folder}: the unfinished index there has another {key} ({was.get(key)}, now {plan.get(key)}); starting over"
+            )
+        shutil.rmtree(self.out, ignore_errors=True)
         for path in self.partial.iterdir():
-            if path.name != "lock":
+            kept = path.name == "plan.json" or path.suffix in SEGMENT_SUFFIXES
+            if path.name != "lock" and not (goes_on and kept):
                 path.unlink()
+        self.out.mkdir()
+        if plan is not None and not goes_on:
+            atomic_write(self.partial / "plan.json", pretty_json(plan))
+
+    def close(self):
+        """Lets go of the folder; what is committed stays."""
+        if self._open is not None:
+            self._open.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def scratch(self, name: str, dtype, size: int) -> np.ndarray:
         """A zeroed array on a file of its own, so that the system may write it out when memory is short."""
@@ -184,96 +218,44 @@ class IndexBuilder:
 
     # first pass
 
-    @torch.no_grad()
     def update(self, chunk):
-        """Takes rows in text order; those beyond the indexed sequences are left out."""
-        take = int(np.searchsorted(chunk.positions, self.N))
-        if take == 0:
-            return
-        positions = np.asarray(chunk.positions[:take])
-        assert positions[0] > self._last_position and (np.diff(positions) > 0).all(), "chunks must come in text order"
-        self._last_position = int(positions[-1])
-        codes = chunk.codes if take == len(chunk.positions) else chunk.codes.rows(0, take)
-        row, feature, value = _pairs(codes)
-        sizes = (value * self.dec_norm_F[feature]).astype(np.float64) ** 2
-        norm_code = np.sqrt(np.bincount(row, weights=sizes, minlength=take))
-        x, error = chunk.x_BD[:take], chunk.x_BD[:take] - chunk.xhat_BD[:take]
-        finite = np.isfinite(value)
-        if not finite.all():
-            bad = int(np.flatnonzero(~finite)[0])
-            raise SaekitError(
-                f"feature {feature[bad]:,} has the code {value[bad]} at position {positions[row[bad]]:,}; saekit check {self.folder}"
-            )
-        if not self.signed and value.min(initial=0) < 0:
-            bad = int(value.argmin())
-            raise SaekitError(
-                f"feature {feature[bad]:,} has the code {value[bad]} at position {positions[row[bad]]:,}, and the variant "
-                f"{self.sae.config.get('variant')} says that no code is negative; let its property `signed` be True"
-            )
-        self.encoded[positions] = True
-        self._per_token["norm_x"][positions] = torch.linalg.vector_norm(x, dim=1).cpu().numpy()
-        self._per_token["norm_code"][positions] = norm_code
-        self._per_token["error"][positions] = error.square().sum(1).cpu().numpy()
-        self._start[positions + 1] = np.bincount(row, minlength=take)
-        self.n += np.bincount(feature, minlength=self.F)
-        self.Z += len(row)
-        self._mark_early(positions)
-        early = int(np.searchsorted(row, max(0, EXPONENT_TOKENS - self._seen)))
-        size = np.abs(value)
-        self._largest = max(self._largest, float(size.max(initial=0)))
-        self._largest_early = max(self._largest_early, float(size[:early].max(initial=0)))
-        self._seen += take
-        self._pending.append((row, feature, value))
-        if self._seen >= EXPONENT_TOKENS or sum(len(value) for _, _, value in self._pending) >= PENDING_CODES:
-            self._flush()
+        """Takes rows in text order, and commits segments as they are passed; rows beyond the indexed sequences are left out."""
+        positions = np.asarray(chunk.positions)
+        ends = np.searchsorted(positions, self.borders)
+        for i, (a, b) in enumerate(pairwise(ends.tolist())):
+            if a == b:
+                continue
+            if self._open is None or self._open.number != i:
+                before = self._finish_open()
+                self._open = self.segment(i, before)
+            self._open.add(positions[a:b], chunk.codes.rows(a, b), chunk.x_BD[a:b], chunk.xhat_BD[a:b])
 
-    def _mark_early(self, positions: np.ndarray):
-        """The first two encoded positions of each sequence."""
-        sequence = np.searchsorted(self.seq_start, positions, side="right") - 1
-        first = np.flatnonzero(np.diff(sequence, prepend=-1))
-        begin = np.repeat(first, np.diff(first, append=len(sequence)))
-        place = np.arange(len(sequence)) - begin
-        place[sequence == self._sequence] += self._in_sequence
-        self.early[positions[place < 2]] = True
-        self._sequence, self._in_sequence = int(sequence[-1]), int(place[-1]) + 1
+    def _finish_open(self) -> int:
+        """Commits the segment in hand; returns the rows up to its end."""
+        if self._open is None:
+            return 0
+        self._open.finish()
+        return self._open.rows
 
-    def _flush(self):
-        """Quantises what waits, sorts it inside its tokens by falling magnitude, appends it to the raw files."""
-        if self._exponent is None:
-            self._exponent = exponent_of(self._largest_early)
-            self._runs.append((0, self._exponent))
-        width = bit_width(self.F)
-        for row, feature, value in self._pending:
-            bits, over = quantise(value, self._exponent)
-            if over:
-                self._exponent = exponent_of(float(np.abs(value).max()))
-                self._runs.append((self._out_value.tell() // 2, self._exponent))
-                bits, _ = quantise(value, self._exponent)
-            assert bit_width(int(row[-1]) + 1 if len(row) else 1) + 16 + width <= 64
-            key = row.astype(np.uint64) << np.uint64(16 + width)
-            key |= (np.uint16(0x7FFF) - (bits & np.uint16(0x7FFF))).astype(np.uint64) << np.uint64(1 + width)
-            key |= feature.astype(np.uint64) << np.uint64(1)
-            key |= bits >> np.uint16(15)
-            key.sort()
-            out = ((key >> np.uint64(1)) & np.uint64((1 << width) - 1)).astype(self._feature_dtype)
-            size = np.uint16(0x7FFF) - ((key >> np.uint64(1 + width)).astype(np.uint16) & np.uint16(0x7FFF))
-            self._out_feature.write(out.data)
-            self._out_value.write((size | (key.astype(np.uint16) & np.uint16(1)) << np.uint16(15)).data)
-        self._pending.clear()
+    def segment(self, number: int, before: int) -> Segment:
+        """A consumer of the rows of one segment, which `before` rows of the text precede."""
+        lo, hi = self.borders[number : number + 2].tolist()
+        return Segment(self.partial, number, lo, hi, before, self._about)
+
+    def missing(self) -> list[int]:
+        """Numbers of the segments that are not committed."""
+        lengths = np.diff(self.borders).tolist()
+        return [i for i, n in enumerate(lengths) if open_segment(self.partial, i, n, self.F) is None]
 
     # everything after it
 
     @torch.no_grad()
     def finish(self):
         """Writes every file, the manifest last, and gives the folder its name."""
-        self._flush()
-        self._out_feature.close()
-        self._out_value.close()
-        np.cumsum(self._start, out=self._start)
-        assert int(self._start[-1]) == self.Z
-        self._feature = self._mapped("feature.part", self._feature_dtype, self.Z)
-        self._value = self._mapped("value.part", np.uint16, self.Z, writable=True)
-        self._rescale()
+        self._finish_open()
+        for i in self.missing():
+            self.segment(i, self.N).finish()
+        self._gather()
         self.E = int(self.encoded.sum())
         l0 = np.minimum(np.diff(self._start), 65_535).astype(np.uint16)
         encoded_l0 = l0[self.encoded]
@@ -297,29 +279,40 @@ class IndexBuilder:
         self._publish()
         self.index = open_index(self.folder)
 
-    def _mapped(self, name: str, dtype, size: int, writable: bool = False) -> np.ndarray:
-        if size == 0:
-            return np.zeros(0, dtype)
-        return np.memmap(self.partial / name, dtype, "r+" if writable else "r", shape=(size,))
+    def _gather(self):
+        """Counts and per-token arrays of all segments, and the exponent."""
+        self._segments: list[OpenSegment] = []
+        self._start = self.scratch("start", np.int64, self.N + 1)
+        self.encoded = self.scratch("encoded", np.bool_, self.N)
+        self.early = self.scratch("early", np.bool_, self.N)
+        self._per_token = {name: self.scratch(name, np.float32, self.N) for name in PER_TOKEN}
+        # first firing of each segment
+        self._first: list[int] = []
+        largest = np.zeros(2)
+        for i, (lo, hi) in enumerate(pairwise(self.borders.tolist())):
+            segment = open_segment(self.partial, i, hi - lo, self.F)
+            assert segment is not None, i
+            found = segment.tensors
+            self._segments.append(segment)
+            self._first.append(self.Z)
+            self._start[lo + 1 : hi + 1] = np.cumsum(found["count"], dtype=np.int64) + self.Z
+            self.Z += len(segment.value)
+            self.n += found["n"]
+            self.encoded[lo:hi], self.early[lo:hi] = found["encoded"], found["early"]
+            for name in PER_TOKEN:
+                self._per_token[name][lo:hi] = found[name]
+            largest = np.maximum(largest, found["largest"])
+        assert int(self._start[-1]) == self.Z == self.n.sum()
+        # that of the first tokens, or of all where that overflows
+        self.value_exponent = exponent_of(largest[1])
+        if quantise(largest[:1].astype(np.float32), self.value_exponent)[1]:
+            self.value_exponent = exponent_of(largest[0])
 
-    def _write(self, name: str, tensors: dict[str, np.ndarray]):
+    def _write(self, name: str, tensors: Mapping[str, np.ndarray | Joined]):
         # the widest tensor comes first in the file; aligning it pads the header to a multiple of 64 bytes
-        first = max(tensors, key=lambda k: tensors[k].itemsize)
+        first = max(tensors, key=lambda k: tensors[k].dtype.itemsize)
         file = f"{name}.safetensors"
-        self.files[file] = write_tensors(self.partial / file, tensors, align=first)
-
-    def _rescale(self):
-        """Brings stretches written with another exponent to the one of the first tokens, or of all where that overflows: exact
-        powers of two."""
-        final = exponent_of(self._largest_early)
-        if quantise(np.array([self._largest], np.float32), final)[1]:
-            final = exponent_of(self._largest)
-        ends = [first for first, _ in self._runs[1:]] + [self.Z]
-        for (first, exponent), end in zip(self._runs, ends, strict=True):
-            for lo in range(first, end if exponent != final else first, BLOCK_FIRINGS):
-                part = self._value[lo : min(lo + BLOCK_FIRINGS, end)]
-                part[:] = quantise(part.view(np.float16).astype(np.float32), final - exponent)[0]
-        self.value_exponent = final
+        self.files[file] = write_tensors(self.out / file, tensors, align=first)
 
     def _write_tokens(self):
         table = self.store.table
@@ -343,12 +336,26 @@ class IndexBuilder:
         )
 
     def _write_by_token(self):
-        size = 8 * (self.N + 1) + self.Z * (self._feature.itemsize + 2)
+        dtype = np.dtype(feature_dtype(self.F))
+        size = 8 * (self.N + 1) + self.Z * (dtype.itemsize + 2)
         self.by_token = size < BY_TOKEN_BYTES if self.by_token is None else self.by_token
-        if self.by_token:
-            self._write(
-                "by_token", {"start": self._start, "feature": self._feature, "value": self._value.view(np.float16)}
-            )
+        if not self.by_token:
+            return
+
+        def values() -> Iterator[np.ndarray]:
+            for segment in self._segments:
+                z = len(segment.value)
+                for a in range(0, z, BLOCK_FIRINGS):
+                    yield segment.block(a, min(a + BLOCK_FIRINGS, z), self.value_exponent)[1].view(np.float16)
+
+        self._write(
+            "by_token",
+            {
+                "start": self._start,
+                "feature": Joined(dtype, self.Z, lambda: (segment.feature for segment in self._segments)),
+                "value": Joined(np.dtype(np.float16), self.Z, values),
+            },
+        )
 
     def _buckets(self, position_bits: int) -> list[tuple[int, int]]:
         """Feature ranges whose firings fit the budget, each at least one feature."""
@@ -369,15 +376,16 @@ class IndexBuilder:
         shift = np.uint64(16 + position_bits)
         done = 0
         buckets = self._buckets(position_bits)
-        # token ranges of about one block of firings each
+        # token ranges of about one block of firings each, none across segments
         cuts = np.searchsorted(self._start, np.arange(0, self.Z, BLOCK_FIRINGS), side="right") - 1
-        cuts = np.unique(np.concatenate([cuts, [self.N]]))
+        cuts = np.unique(np.concatenate([cuts, self.borders]))
         for lo, hi in buckets:
             keys = np.empty(int(self.n[lo:hi].sum()), np.uint64)
             filled = 0
             for p0, p1 in pairwise(cuts):
                 a, b = int(self._start[p0]), int(self._start[p1])
-                feature, bits = self._feature[a:b], self._value[a:b]
+                i = int(np.searchsorted(self.borders, p0, side="right")) - 1
+                feature, bits = self._segments[i].block(a - self._first[i], b - self._first[i], self.value_exponent)
                 at = np.repeat(np.arange(p0, p1, dtype=np.uint32), np.diff(self._start[p0 : p1 + 1]))
                 if len(buckets) > 1:
                     mine = np.flatnonzero((feature >= lo) & (feature < hi))
@@ -405,8 +413,29 @@ class IndexBuilder:
                 done += len(part)
                 progress.advance(len(part))
         self.code_start = np.concatenate([[0], np.cumsum(self.n)]).astype(np.int64)
-        self._write("codes", {"start": self.code_start, "position": position, "value": value.view(np.float16)})
+        kept = self.n if self.cap is None else np.minimum(self.n, self.cap)
+        self._write(
+            "codes",
+            {
+                "start": np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
+                "position": Joined(position.dtype, int(kept.sum()), lambda: self._kept(position)),
+                "value": Joined(np.dtype(np.float16), int(kept.sum()), lambda: self._kept(value.view(np.float16))),
+            },
+        )
         return position, value
+
+    def _kept(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """What `codes` keeps of an array in the order of features, in pieces."""
+        cap, done = self.cap or self.N, 0
+        capped = np.flatnonzero(self.n > cap).tolist()
+        for j in capped:
+            a, b = self.code_start[j : j + 2].tolist()
+            yield array[done:a]
+            for lo in range(0, cap, BLOCK_FIRINGS):
+                key = (self.seed << 32) + j
+                yield array[a + kept_of(b - a, cap, lo, min(lo + BLOCK_FIRINGS, cap), key)]
+            done = b
+        yield array[done:]
 
     # geometry
 
@@ -437,7 +466,7 @@ class IndexBuilder:
     def _write_documents(self):
         source = Path(self.store.path) / "documents.jsonl"
         if source.is_file():
-            target = self.partial / "documents.jsonl"
+            target = self.out / "documents.jsonl"
             atomic_write(target, source.read_bytes())
             self.files[target.name] = {"bytes": target.stat().st_size, "sha256": sha256_file(target)}
 
@@ -488,51 +517,117 @@ class IndexBuilder:
                 "bins": BINS,
                 "tokens": TOKENS,
                 "by_token": self.by_token,
-                "cap": None,
+                "cap": self.cap,
                 "compute": "fp32",
                 "logits": logits,
                 "map": {"method": "pca", "seed": None} if "map.safetensors" in self.files else None,
             },
             "warnings": self.warnings,
         }
-        atomic_write(self.partial / "manifest.json", pretty_json(manifest))
+        atomic_write(self.out / "manifest.json", pretty_json(manifest))
 
     def _publish(self):
         """Sets an older index aside, renames, and removes what is left over."""
-        for path in self.partial.iterdir():
-            if path.suffix in (".part", ".scratch"):
-                path.unlink()
-        (self.partial / "lock").unlink()
         index, old = self.folder / "index", self.folder / "index.old"
         if old.exists():
             shutil.rmtree(old)
         if index.exists():
             index.rename(old)
-        self.partial.rename(index)
+        self.out.rename(index)
         sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
-        self._lock.close()
+        shutil.rmtree(self.partial)
+        self.close()
 
 
 def build_index(sae, store=None, **options) -> FeatureIndex:
     """Index `sae` (an SAE with a folder, or that folder) over `store`; options as in IndexOptions.
 
     Without a store the one the SAE was trained on is taken. The language model serves token text and logit weights; where
-    none was asked for and the store's own is not at hand, the index goes without them and its manifest says so.
-    Raises SaekitError if the SAE, store or model do not belong together.
+    none was asked for and the store's own is not at hand, the index goes without them and its manifest says so. What a build
+    that was cut off has encoded is kept.
+
+    Raises:
+        SaekitError: the SAE, store or model do not belong together, or a process of torchrun was lost.
+        KeyboardInterrupt, Terminated: Ctrl-C and SIGTERM; the same call continues.
     """
+    from saekit.agreement import built, decided
     from saekit.config import IndexOptions
-    from saekit.device import resolve_device
-    from saekit.encoding import encode_store
-    from saekit.provenance import find_model, find_site, find_store
-    from saekit.sae import SAE
+    from saekit.ranks import joined_ranks
 
     o = IndexOptions(**options)
-    sae = sae if isinstance(sae, SAE) else SAE.load(sae, str(resolve_device(o.device)))
+    with joined_ranks() as ranks:
+        builder, before = None, torch.get_num_threads()
+        try:
+            made = builder = built(ranks, lambda: _prepared(sae, store, o, ranks))
+            _encode(made, decided(ranks, made.missing), ranks)
+            decided(ranks, lambda: _finish(made))
+        finally:
+            torch.set_num_threads(before)
+            if builder is not None:
+                builder.close()
+        return open_index(made.folder)
+
+
+def _prepared(sae, store, o: "IndexOptions", ranks: "Ranks") -> IndexBuilder:
+    """The builder, behind the checks, with the threads that its plan names."""
+    from saekit.device import environment_of, resolve_device
+    from saekit.provenance import find_site, find_store
+    from saekit.sae import SAE
+
+    if not isinstance(sae, SAE):
+        device = resolve_device(o.device)
+        several = device.type == "cuda" and device.index is None and ranks.size > 1
+        sae = SAE.load(sae, f"cuda:{ranks.local}" if several else str(device))
     if sae.path is None:
         raise SaekitError("the SAE has no folder for its index yet; save it first: sae.save(folder)")
     store = find_store(sae, store or o.store, force=o.force)
     site = find_site(sae, store, o.site)
+    n_sequences = store.table.n_sequences
+    if o.tokens is not None:
+        n_sequences = min(n_sequences, max(1, int(np.searchsorted(store.table.seq_start, o.tokens))))
+    # another number of threads sums in another order: the first start decides
+    first = sae.path / "index.partial" / "plan.json"
+    threads = json.loads(first.read_bytes())["environment"].get("threads") if first.is_file() else None
+    if threads is None and ranks.size > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    environment = environment_of(sae.W_enc.device)
+    del environment["transformers"]
+    plan = {
+        "saekit_version": saekit.__version__,
+        "sae": sae.config.get("fingerprint"),
+        "store": store.fingerprint,
+        "site": site,
+        "sequences": n_sequences,
+        "segment_tokens": SEGMENT_TOKENS,
+        "environment": environment,
+    }
+    # what needs the language model is written by the first process
+    vocab, unembedding, reasons = _of_model(store, o) if ranks.rank == 0 else (None, None, [])
+    builder = IndexBuilder(
+        sae,
+        store,
+        sae.path,
+        site=site,
+        n_sequences=n_sequences,
+        vocab=vocab,
+        unembedding=unembedding,
+        by_token=o.by_token,
+        ram=None if o.ram is None else parse_bytes(o.ram),
+        cap=o.cap,
+        seed=o.seed,
+        plan=plan,
+        rank=ranks.rank,
+    )
+    builder.warnings += reasons
+    return builder
+
+
+def _of_model(store, o: "IndexOptions") -> tuple[VocabBytes | None, tuple[torch.Tensor, str] | None, list[str]]:
+    """Bytes of the tokens, unembedding, and why one of them is missing."""
+    from saekit.provenance import find_model
+
     vocab = unembedding = None
     reasons = []
     try:
@@ -548,13 +643,58 @@ def build_index(sae, store=None, **options) -> FeatureIndex:
             reasons.append(f"no logit weights: {error}")
         if lm.tokenizer is not None:
             vocab = vocab_bytes(lm.tokenizer, lm.vocab_size)
-    n_sequences = None
-    if o.tokens is not None:
-        n_sequences = max(1, int(np.searchsorted(store.table.seq_start, o.tokens)))
-    builder = IndexBuilder(
-        sae, store, sae.path, site=site, n_sequences=n_sequences, vocab=vocab, unembedding=unembedding, seed=o.seed
-    )
-    builder.warnings += reasons
-    encode_store(sae, store, site, [builder], rows=builder.rows(), name="index")
-    assert builder.index is not None
-    return builder.index
+    return vocab, unembedding, reasons
+
+
+def _encode(builder: IndexBuilder, todo: list[int], ranks: "Ranks"):
+    """Every rank its share of the segments that are missing."""
+    from saekit.agreement import leave
+    from saekit.encoding import encode_store
+
+    store, rows = builder.store, builder.rows()
+    sequences = np.searchsorted(builder.seq_start, builder.borders)
+    first = np.searchsorted(rows, store.seq_rows()[sequences]).tolist()
+    if len(todo) < len(first) - 1:
+        Progress.say(f"{builder.folder}: {len(first) - 1 - len(todo)} of {len(first) - 1} segments are there, going on")
+    mine = todo[ranks.rank :: ranks.size]
+
+    def lost() -> str:
+        gone = builder.missing()
+        return f"rank {todo.index(gone[0]) % ranks.size} was lost at segment {gone[0]}" if gone else "a rank was lost"
+
+    with Stop() as stop, Progress("index", sum(first[i + 1] - first[i] for i in mine), "tokens") as progress:
+
+        class Pause:
+            """Lets a signal end the work between two chunks."""
+
+            def update(self, chunk):
+                if stop.signal:
+                    left = len(builder.missing())
+                    done = f"{len(first) - 1 - left} of {len(first) - 1} segments are encoded"
+                    leave(ranks, stop, f"stopped, {done}; the same command continues")
+
+            def finish(self):
+                pass
+
+        for i in mine:
+            part = rows[first[i] : first[i + 1]]
+            segment = builder.segment(i, first[i])
+            try:
+                encode_store(
+                    builder.sae,
+                    store,
+                    builder.site,
+                    [segment, Pause()],
+                    rows=part,
+                    progress=progress,
+                )
+            finally:
+                segment.close()
+    ranks.barrier(lost)
+
+
+def _finish(builder: IndexBuilder):
+    try:
+        builder.finish()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped after encoding; the same command continues") from None

@@ -184,7 +184,7 @@ class Feature:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions it fires on, increasing (n) uint32, memory-mapped."""
+        """Positions it fires on, increasing (n) uint32, memory-mapped; of a capped feature those that are kept."""
         return self.index.firings(self.number)[0]
 
     @property
@@ -206,6 +206,11 @@ class Feature:
             raise SaekitError(f"no zoom {zoom}; known are {', '.join(ZOOMS)}")
         before, after = ZOOMS[zoom] or (None, None)
         return self.index.window(position, before, after, feature=self.number, rank=rank)
+
+    @property
+    def capped(self) -> bool:
+        """Whether only a sample of its firings is kept; counts, moments, quantiles, histogram and tokens are of all."""
+        return self.index.is_capped(self.number)
 
     def _sign(self, sign: str) -> int:
         if sign not in SIGNS:
@@ -229,13 +234,21 @@ class Feature:
             fired, stored = self.index.firings(self.number)
             order = _by_strength(stored, row)[:k]
             return [self._example(p, zoom, rank) for rank, p in enumerate(fired[order].tolist(), 1)]
-        positions = self.index.file("examples")["top_position"][self.number, row][:k]
-        return [self._example(p, zoom, rank) for rank, p in enumerate(positions.tolist(), 1) if p != ABSENT]
+        table = self.index.file("examples")
+        pairs = zip(table["top_position"][self.number, row, :k].tolist(), table["top_value"][self.number, row, :k])
+        found = []
+        for rank, (position, value) in enumerate(pairs, 1):
+            if position != ABSENT:
+                found.append(self._example(position, zoom, rank))
+                # of a capped feature the firing itself may not be among those that are kept
+                found[-1].codes[found[-1].centre] = np.float32(value) * np.float32(self.index.scale)
+        return found
 
     def quantiles(self, bins: int = 10, per_bin: int = 4, sign: str = "+", *, zoom: str = "snippet") -> list[Slice]:
         """Examples from `bins` slices of equal count, strongest slice first; fewer slices if it fires less often.
 
-        Ten slices with up to eight examples are stored; any other number is drawn from the firings the same way.
+        Ten slices with up to eight examples are stored; any other number, and those of a capped feature, are drawn from the
+        firings the same way.
         """
         row = self._row(sign)
         if row is None:
@@ -245,7 +258,7 @@ class Feature:
         bits = stored.view(np.uint16)
         bits = bits[(bits < 0x8000) == (row == 0)] & 0x7FFF
         down = np.cumsum(np.bincount(bits, minlength=0x7C00)[::-1])
-        is_stored = bins == SLICES and per_bin <= PER_SLICE
+        is_stored = bins == SLICES and per_bin <= PER_SLICE and not self.capped
         order = None if is_stored else _by_strength(stored, row)
         slices = []
         for i in range(bins):
@@ -275,9 +288,10 @@ class Feature:
     def near_misses(self, k: int = 16, *, zoom: str = "snippet") -> list[Example]:
         """Its three commonest tokens where it is silent, sequences where it fires elsewhere first.
 
-        Empty for a dead feature, and for one that is dense (its silence says little).
+        Empty for a dead feature, for one that is dense (its silence says little), and for one that is capped (a firing that is
+        not kept would look like silence).
         """
-        if self.n == 0 or "dense" in self.flags:
+        if self.n == 0 or "dense" in self.flags or self.capped:
             return []
         table, examples = self.index.file("tokens"), self.index.file("examples")
         fired = self.positions
@@ -385,7 +399,7 @@ class Feature:
         surprise = -np.log(joint)
         npmi = np.divide(np.log(lift), surprise, out=np.zeros_like(lift), where=surprise > 1e-12)
         order = np.lexsort((others, -npmi))[:k]
-        scale = len(positions) / len(seen)
+        scale = self.n / len(seen)
         return [(int(others[i]), float(npmi[i]), round(float(counts[others[i]]) * scale)) for i in order]
 
     # words

@@ -49,6 +49,15 @@ def spread(count: int, k: int, key: int) -> np.ndarray:
     return ((np.arange(k, dtype=np.int64) << 24) + offset) * count // (k << 24)
 
 
+def kept_of(n: int, cap: int, lo: int, hi: int, key: int) -> np.ndarray:
+    """Entries lo to hi − 1 of an even sample of `cap` of n numbers, ascending (int64): one drawn from each of `cap` equal
+    parts, with an offset hashed from `key` and the part."""
+    i = np.arange(lo, hi, dtype=np.int64)
+    first = i * n // cap
+    offset = splitmix(splitmix(np.array([key], np.uint64)) ^ i.astype(np.uint64)) >> np.uint64(1)
+    return first + offset.astype(np.int64) % ((i + 1) * n // cap - first)
+
+
 def quantise(value: np.ndarray, exponent: int) -> tuple[np.ndarray, bool]:
     """Bits (uint16) of float16(value / 2^exponent), and whether any overflowed. What would round to zero keeps its sign as
     the smallest subnormal, so that the set of firings stays exact."""

@@ -120,11 +120,13 @@ def _unit(W_FD: np.ndarray) -> np.ndarray:
 
 def agreement(first: "FeatureIndex", second: "FeatureIndex", i: int, j: int) -> float | None:
     """Pearson correlation of the codes of feature i of one and j of another, over the tokens that both indexes hold; None
-    where they are of different tokens, or where one of the two features is constant."""
+    where they are of different tokens, where one of the two features is constant, or where one is capped."""
     if not same_tokens(first, second):
         return None
     n = first.n_encoded
     a, b = first.feature(i), second.feature(j)
+    if a.capped or b.capped:
+        return None
     x, y = a.values.astype(np.float64), b.values.astype(np.float64)
     _, at_a, at_b = np.intersect1d(a.positions, b.positions, assume_unique=True, return_indices=True)
     covariance = x[at_a] @ y[at_b] / n - x.sum() / n * (y.sum() / n)

@@ -230,6 +230,13 @@ class FeatureIndex:
             # needles must have the column's dtype, or searchsorted converts the whole column
             a, b = np.searchsorted(fired, np.array([lo, min(hi, ABSENT)], np.uint32))
             codes[fired[a:b].astype(np.int64) - lo] = values[a:b].astype(np.float32) * np.float32(self.scale)
+            if self.has_by_token and self.is_capped(feature):
+                table_by = self.file("by_token")
+                begin = int(table_by["start"][lo])
+                here = slice(begin, int(table_by["start"][hi]))
+                found = np.flatnonzero(table_by["feature"][here] == feature)
+                at = np.searchsorted(table_by["start"][lo : hi + 1], begin + found, side="right") - 1
+                codes[at] = table_by["value"][here][found].astype(np.float32) * np.float32(self.scale)
         doc, document = self.document_of(position)
         special = self.file("vocab")["special"]
         return Example(
@@ -255,10 +262,14 @@ class FeatureIndex:
     # firings
 
     def firings(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (uint32) and stored values (float16) of a feature, both mapped."""
+        """Positions (uint32) and stored values (float16) of a feature, both mapped; of a capped one those that are kept."""
         codes = self.file("codes")
         a, b = codes["start"][feature], codes["start"][feature + 1]
         return codes["position"][a:b], codes["value"][a:b]
+
+    def is_capped(self, feature: int) -> bool:
+        """Whether only a sample of its firings is kept."""
+        return bool(self.column("flags")[feature] & FLAGS["capped"])
 
     def at(self, position: int) -> Firings:
         """What fires at a position, by falling magnitude. Needs `by_token`."""
@@ -271,7 +282,10 @@ class FeatureIndex:
         )
 
     def counts_at(self, positions: np.ndarray) -> np.ndarray:
-        """How often each feature fires on the given positions [F] int64. Fast with `by_token`, a full scan without."""
+        """How often each feature fires on the given positions [F] int64.
+
+        Fast with `by_token`, a full scan without; that scan sees a sample of a capped feature and scales its count up.
+        """
         positions = np.asarray(positions, dtype=np.int64)
         if self.has_by_token:
             table = self.file("by_token")
@@ -287,7 +301,7 @@ class FeatureIndex:
         for lo in range(0, len(codes["position"]), 1 << 22):
             hits = np.flatnonzero(wanted[codes["position"][lo : lo + (1 << 22)]]) + lo
             counts += np.bincount(np.searchsorted(codes["start"], hits, side="right") - 1, minlength=len(self))
-        return counts
+        return np.rint(counts / self.column("kept")).astype(np.int64)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  readers live as long as the process
     def occurrences(self, token: int) -> int:
@@ -440,7 +454,8 @@ class FeatureIndex:
         if problems:
             return problems
         codes, n = self.file("codes"), self.column("n")
-        if not np.array_equal(np.diff(codes["start"]), n):
+        cap = self.manifest["build"].get("cap")
+        if not np.array_equal(np.diff(codes["start"]), n if cap is None else np.minimum(n, cap)):
             problems.append(f"{self.path}/codes.safetensors: start does not agree with column n")
         for lo in range(0, len(codes["position"]) - 1, 1 << 22):
             part = codes["position"][lo : lo + (1 << 22) + 1]
@@ -453,7 +468,9 @@ class FeatureIndex:
         negative = sum(
             int((codes["value"][lo : lo + (1 << 22)] < 0).sum()) for lo in range(0, len(codes["value"]), 1 << 22)
         )
-        if negative != int(self.column("n_neg").sum()) or not np.array_equal(
+        n_neg = int(self.column("n_neg").sum())
+        whole = len(codes["position"]) == self.manifest["Z"]
+        if (negative != n_neg if whole else negative > n_neg) or not np.array_equal(
             self.column("n_pos") + self.column("n_neg"), n
         ):
             problems.append(f"{self.path}/codes.safetensors: signs do not agree with columns n_pos and n_neg")

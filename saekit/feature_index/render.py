@@ -358,7 +358,7 @@ def state_line(feature) -> str:
         lines.append(f"fires {n} time{'s' if n > 1 else ''} only: every example is shown, rates are uncertain")
     if "dense" in feature.flags:
         lines.append(f"dense: fires on {percent(feature.density)} of tokens")
-    if feature.column("kept") < 1:
+    if feature.capped:
         lines.append(f"capped: shown from {len(feature.positions):,} of {n:,} firings")
     if "start-of-sequence" in feature.flags:
         lines.append(f"{percent(feature.column('start_share'))} of firings lie in the first two tokens of a sequence")
@@ -526,6 +526,7 @@ def view_html(feature, view: str = "top", zoom: str = "snippet", sign: str = "bo
     if view == "near":
         note = (
             "it is dense: its silence says little" if "dense" in feature.flags
+            else "it is capped: where it is silent is not known" if feature.capped
             else "its commonest tokens where it is silent, sequences in which it fires elsewhere first"
         )  # fmt: skip
         columns.append(examples_html(feature.near_misses(16, zoom=zoom), size, zoom, title=VIEW_NAMES[view], note=note))

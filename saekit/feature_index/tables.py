@@ -60,7 +60,7 @@ class Tables:
             self.columns[name] = np.full(F, np.nan, np.float32)
         self.columns["max_pos"], self.columns["max_neg"] = np.zeros(F, np.float32), np.zeros(F, np.float32)
         self.columns["top_token"] = np.full(F, ABSENT, np.uint32)
-        self.columns["kept"] = np.ones(F, np.float32)
+        self.columns["kept"] = np.minimum(1, (b.cap or b.N) / np.maximum(1, b.n)).astype(np.float32)
         self.energy = np.zeros(F)
         self.examples = {
             "top_position": np.full((F, G, TOP), ABSENT, np.uint32),

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from saekit.errors import SaekitError
-from saekit.feature_index import build, geometry, open_index, tables
+from saekit.feature_index import build, geometry, open_index, segments, tables
 from saekit.feature_index.build import IndexBuilder
 from saekit.feature_index.format import exponent_of, quantise
 from saekit.feature_index.geometry import logit_weights
 from saekit.feature_index.vocabulary import vocab_bytes
+from saekit.store.format import read_header
 
 ABSENT = 0xFFFFFFFF
 
@@ -218,7 +220,7 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     dense_NF = helpers().random_dense(7, 900, 60, signed=True)
     first = make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "a")
     expected = files_of(first)
-    assert len(first.builder._buckets(10)) == 1
+    assert len(first.builder._buckets(10)) == 1 and first.builder.borders.tolist() == [0, 900]
     # buckets of at most 16 firings: the dense feature outgrows one and needs no sort
     many = make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "b", ram=128, chunk=101, flat=False)
     assert len(many.builder._buckets(10)) > 20
@@ -226,7 +228,61 @@ def test_same_bytes_however_it_was_built(make_index, tmp_path, monkeypatch):
     for module in (build, tables):
         monkeypatch.setattr(module, "BLOCK_FIRINGS", 64)
     monkeypatch.setattr(tables, "BLOCK_FEATURES", 7)
+    # two segments, of two sequences and of one
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 400)
     assert files_of(make_index(dense_NF, lengths=[300, 300, 300], folder=tmp_path / "c", ram=4096)) == expected
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_cap_keeps_an_even_sample_and_exact_tables(make_index, tmp_path, monkeypatch, by_token):
+    monkeypatch.setattr(build, "LEAST_CAP", 10)
+    monkeypatch.setattr(build, "BLOCK_FIRINGS", 64)
+    dense_NF = helpers().random_dense(7, 900, 60, signed=True)
+    dense_NF[:300, 5] = 0
+    options = {"lengths": [300] * 3, "by_token": by_token}
+    whole = make_index(dense_NF, folder=tmp_path / "whole", **options).index
+    idx = make_index(dense_NF, folder=tmp_path / "capped", cap=100, **options).index
+    assert idx.manifest["build"]["cap"] == 100 and idx.manifest["Z"] == whole.manifest["Z"] and idx.check() == []
+    n = whole.column("n")
+    assert 3 < (n > 100).sum() < 50 and n[1] > 500
+    assert np.array_equal(np.diff(idx.file("codes")["start"]), np.minimum(n, 100))
+    assert np.array_equal(idx.column("kept"), np.minimum(1, 100 / np.maximum(1, n)).astype(np.float32))
+    # all else is of every firing
+    for name in set(whole.manifest["files"]) - {"codes.safetensors", "features.safetensors", "documents.jsonl"}:
+        assert (idx.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    for name, column in whole.file("features").items():
+        if name not in ("kept", "flags"):
+            assert np.array_equal(idx.column(name), column, equal_nan=column.dtype.kind == "f"), name
+    for j in range(60):
+        f, all_of_it = idx.feature(j), whole.feature(j)
+        assert f.capped == ("capped" in f.flags) == (n[j] > 100)
+        at = np.searchsorted(all_of_it.positions, f.positions)
+        assert np.array_equal(all_of_it.positions[at], f.positions) and np.array_equal(all_of_it.values[at], f.values)
+        # one of each hundredth part, so that no stretch of text is left out
+        assert not f.capped or (at // (n[j] / 100)).astype(int).tolist() == pytest.approx(range(100), abs=1)
+        for sign in "+-":
+            top = f.top(20, sign)
+            assert [(e.position, e.value) for e in top] == [(e.position, e.value) for e in all_of_it.top(20, sign)]
+            for slice in f.quantiles(10, 4, sign):
+                assert all(slice.low <= abs(e.value) <= slice.high for e in slice.examples)
+            if by_token:
+                assert all(np.array_equal(a.codes, b.codes) for a, b in zip(top, all_of_it.top(20, sign), strict=True))
+    assert np.array_equal(idx.counts_at(np.arange(900)), n)
+    f = idx.feature(1)
+    for shown in (str(f), f.html(), f.html("near"), f.text("quantiles")):
+        assert f"capped: shown from 100 of {n[1]:,} firings" in shown
+    few = next(j for j in range(60) if n[j] == idx.column("n")[(n > 60) & (n < 90)].max())
+    assert not idx.feature(few).capped and idx.feature(few).near_misses()
+    # not dense, but a firing that is left out would look like silence
+    rare = next(j for j in range(60) if idx.feature(j).capped and j != 1)
+    monkeypatch.setattr(type(f), "flags", ("capped",))
+    assert idx.feature(rare).near_misses() == [] and "it is capped" in idx.feature(rare).html("near")
+    together = {x.feature: x.count for x in idx.feature(1).neighbours("together", 60)}
+    if by_token:
+        both = (dense_NF != 0)[:, [1]] & (dense_NF != 0)
+        assert all(abs(count - both[:, j].sum()) < 0.35 * both[:, j].sum() + 20 for j, count in together.items())
+    with pytest.raises(SaekitError, match="a cap of 9 firings leaves too little to look at; pass 10 or more"):
+        make_index(dense_NF, folder=tmp_path / "none", cap=9, **options)
 
 
 def test_exponent():
@@ -238,7 +294,7 @@ def test_exponent():
 
 
 def test_overflow_raises_the_exponent_and_no_firing_is_lost(make_index, monkeypatch):
-    monkeypatch.setattr(build, "EXPONENT_TOKENS", 4)
+    monkeypatch.setattr(segments, "EXPONENT_TOKENS", 4)
     dense_NF = np.zeros((40, 3), np.float32)
     dense_NF[:, 0] = 1e-3
     dense_NF[:, 1] = -np.linspace(1, 2, 40)
@@ -254,18 +310,6 @@ def test_overflow_raises_the_exponent_and_no_firing_is_lost(make_index, monkeypa
     assert idx.check() == []
     per_token = idx.at(3).values
     assert per_token[0] < 0 < per_token[1]
-
-
-def test_codes_that_are_written_early_change_nothing(make_index, tmp_path, monkeypatch):
-    """Where many features fire, codes leave memory before the tokens are seen from which the exponent is chosen."""
-    rising_NF = np.linspace(1, 60, 200, dtype=np.float32)[:, None] * np.array([1, -1, 0.5], np.float32)
-    expected = make_index(rising_NF, folder=tmp_path / "a", chunk=20)
-    # 60 = 0.94 · 2⁶; the first 20 tokens alone would have given 7 = 0.85 · 2³
-    assert expected.index.manifest["value_exponent"] == -4
-    monkeypatch.setattr(build, "PENDING_CODES", 60)
-    early = make_index(rising_NF, folder=tmp_path / "b", chunk=20)
-    assert early.builder._runs[0] == (0, -7)
-    assert files_of(early) == files_of(expected)
 
 
 @pytest.mark.parametrize(("N", "F", "fires"), [(1, 1, True), (1, 1, False), (5, 3, False), (1, 70_000, True)])
@@ -349,6 +393,56 @@ def test_files_are_plain_safetensors_in_order(random_index):
     dtypes = {k: v.dtype.str for k, v in idx.file("codes").items()}
     assert dtypes == {"start": "<i8", "position": "<u4", "value": "<f2"}
     assert idx.file("by_token")["feature"].dtype == np.uint16
+
+
+def section() -> str:
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    return text[text.index("## Feature index, format 1") :]
+
+
+@pytest.mark.parametrize("cap", [None, 100])
+def test_documented_lines_read_it(make_index, cap):
+    made = make_index(helpers().random_dense(3, 600, 40, signed=True), cap=cap)
+    code = re.search(r"```python\n(.*?)```", section(), re.DOTALL)
+    assert code and "saekit." not in code[1] and "torch" not in code[1] and len(code[1].splitlines()) <= 40
+    names: dict = {}
+    exec(code[1], names)
+    for j in range(40):
+        positions, values, pieces = names["read_firings"](made.index.path, j)
+        f = made.index.feature(j)
+        assert np.array_equal(positions, f.positions) and np.array_equal(values, f.values)
+        assert pieces == [made.index.pieces([t])[0] for t in made.token_N[positions]]
+    for name in made.index.manifest["files"]:
+        for key, array in names["open_tensors"](made.index.path / name).items():
+            assert np.array_equal(array, made.index.file(name[:-12])[key], equal_nan=array.dtype.kind == "f")
+
+
+def test_every_tensor_and_key_is_documented(make_index):
+    unembedding = (torch.ones(50, 6), "")
+    idx = make_index(helpers().random_dense(3, 600, 40, signed=True), unembedding=unembedding).index
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
+    documented, file = {}, ""
+    for row in cells:
+        if len(row) == 4 and row[0] != "file" and row[1] != "---":
+            file = row[0].strip("`") or file
+            for name in re.findall(r"`(\w+)`", row[1]):
+                documented[f"{file}.{name}"] = set(re.findall(r"[IUF]\d+|BOOL", row[2]))
+        elif len(row) == 2 and "`" in row[0]:
+            for names, tags in re.findall(r"((?:`\w+`[, ]*)+)([IUF]\d+)", row[0]):
+                documented |= {f"features.{name}": {tags} for name in re.findall(r"`(\w+)`", names)}
+    tensors = {
+        f"{name[:-12]}.{key}": entry.tag
+        for name in idx.manifest["files"]
+        for key, entry in read_header(idx.path / name).items()
+    }
+    assert len(tensors) > 50
+    for name, tag in tensors.items():
+        assert tag in documented[name], (name, tag)
+    # what this index lacks: columns that need a variant with thresholds or budgets
+    assert set(documented) - set(tensors) - {"features."} == {"features.threshold", "features.budget"}
+    for keys in (idx.manifest, idx.manifest["build"], idx.manifest["fingerprints"]):
+        for key in keys:
+            assert f"`{key}`" in section(), key
 
 
 @pytest.mark.parametrize("signed", [False, True])
