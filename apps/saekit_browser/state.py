@@ -9,6 +9,7 @@ import functools
 import logging
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -145,11 +146,23 @@ def _open(path: str, stamp: str) -> FeatureIndex:
 @st.cache_resource(show_spinner=False, max_entries=4)
 def sae(path: str, stamp: str):
     from saekit.sae import SAE
+
+    know_variant()
+    return SAE.load(path)
+
+
+def know_variant():
+    """Before an SAE is loaded whose variant a file defines."""
     from saekit.variants.files import load_variant_file
 
     if (file := arguments().variant_file) is not None:
         load_variant_file(file)
-    return SAE.load(path)
+
+
+def command(verb: str, path: Path, *more: str) -> str:
+    """A line for a terminal."""
+    file = arguments().variant_file
+    return shlex.join(["saekit", verb, str(path), *more, *(["--variant-file", str(file)] if file else [])])
 
 
 @st.cache_resource(show_spinner=False, max_entries=1)
@@ -289,6 +302,7 @@ FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", 
 LABELLED = ("all", "labelled", "unlabelled")
 VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
 RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
+TIERS = ("all", "1", "2")
 COLOURS = ("density", "energy", "sign", "label")
 URL_CHARACTERS = 2_000
 
@@ -324,6 +338,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "b": Choice("", lambda given: given[-1][:200]),
         "kind": _one_of("matched", "split", "merged", "first", "second"),
     },
+    "evaluate": {"tier": _one_of(*TIERS)},
     "prompt": {
         "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
         "feature": Choice(None, _number),

@@ -32,7 +32,8 @@ from saekit.feature_index.labels import Labels
 from saekit.feature_index.matching import Matching, match
 from saekit.feature_index.search import Hit
 from saekit.feature_index.table import DEFAULT_COLUMNS, FeatureTable
-from saekit.store.format import map_tensors
+from saekit.progress import Progress
+from saekit.store.format import map_tensors, sha256_file
 
 DENSITIES = {"density": "n", "density_pos": "n_pos", "density_neg": "n_neg"}
 """Columns that are a count of firings over the encoded tokens."""
@@ -428,15 +429,13 @@ class FeatureIndex:
     def check(self) -> list[str]:
         """Problems found by reading everything: sha256 of each file, order and counts of the codes; empty if all is well."""
         problems = []
-        for name, entry in self.manifest["files"].items():
-            digest = sha256()
-            with open(self.path / name, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            if digest.hexdigest() != entry["sha256"]:
-                problems.append(
-                    f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}"
-                )
+        files = self.manifest["files"]
+        with Progress("check", sum(entry["bytes"] for entry in files.values()) >> 20, "MiB") as progress:
+            for name, entry in files.items():
+                if sha256_file(self.path / name, lambda count: progress.advance(count >> 20)) != entry["sha256"]:
+                    problems.append(
+                        f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}"
+                    )
         if problems:
             return problems
         codes, n = self.file("codes"), self.column("n")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def html(app: AppTest) -> str:
 
 def words(elements) -> str:
     return " | ".join(e.value.replace("\\", "") for e in elements)
+
+
+def pressed(app: AppTest, label: str) -> AppTest:
+    app = next(b for b in app.button if b.label == label).click().run()
+    assert not app.exception
+    return app
+
+
+def done(app: AppTest, cancel: bool = False) -> AppTest:
+    """The page once its job has ended."""
+    for _ in range(600):
+        jobs_left = [b for b in app.button if b.label == "Cancel"]
+        if not jobs_left:
+            return app
+        if cancel and not jobs_left[0].disabled:
+            jobs_left[0].click()
+        time.sleep(0.05)
+        app.run()
+    raise AssertionError("the job does not end")
 
 
 def copied(saes: Path, root: Path) -> Path:
@@ -158,14 +178,20 @@ def test_data(browse, saes, tmp_path):
     assert config["fingerprint"] in shown and config["site"] in shown and "256 features" in shown
     files = dict(zip(app.dataframe[0].value["file"], app.dataframe[0].value["bytes"], strict=True))
     assert files["sae.safetensors"] == (root / "plain" / "sae.safetensors").stat().st_size
-    check = next(b for b in app.button if b.label == "Check every file")
-    app = check.click().run()
-    assert "are what their manifests say" in words(app.success)
+    line = f"saekit check {root / 'plain'}"
+    assert any(c.value == f"{line}\n{line}/index" for c in app.code)
+    app = done(pressed(app, "Check every file"))
+    assert "SAE, evaluation and index are what their manifests say" in words(app.success)
+    # the result is a file, so another server finds it
+    left = json.loads((root / "plain" / "jobs" / "check.json").read_text())
+    assert left["problems"] == [] and left["checked"] == ["SAE", "evaluation", "index"]
+    state.st.cache_resource.clear()
+    assert "are what their manifests say, on 2" in words(browse(root, "data").success)
     weights = root / "plain" / "sae.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(blob)
-    app = next(b for b in app.button if b.label == "Check every file").click().run()
+    app = done(pressed(browse(root, "data"), "Check every file"))
     assert "damaged" in words(app.error) and not app.success
 
 
