@@ -73,7 +73,7 @@ class Job:
                 found = self.task.work()
             self.keep(found, time.monotonic() - begin)
         except Cancelled:
-            self.problem = f"{self.task.label}: cancelled after {duration(time.monotonic() - begin)}; nothing was kept."
+            self.problem = f"{self.task.label}: cancelled after {duration(time.monotonic() - begin)}."
         except (SaekitError, OSError) as error:
             self.problem = str(error)
         except Exception:

@@ -1,7 +1,9 @@
 """The browser in a real Chromium against a real server: what a person sees, clicks and types."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +143,39 @@ def test_compare_map_and_data(visit):
     page.get_by_text("are what their manifests say").wait_for(timeout=30_000)
     settle(page)
     picture(page, "data-dark")
+
+
+def test_a_job_with_progress_and_cancel(saes, chromium, tmp_path):
+    """The page refreshes itself while the job runs; a reload finds it; cancel ends it, and what it left stays."""
+    root = tmp_path / "saes"
+    shutil.copytree(saes / "plain", root / "plain", ignore=shutil.ignore_patterns("labels*", "jobs"))
+    # a file of 256 GiB that takes no space on the disk, and minutes to read
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    size = 1 << 38
+    manifest.write_text(json.dumps({**content, "files": {**content["files"], "map.safetensors": {"bytes": size, "sha256": ""}}}))
+    with open(root / "plain" / "index" / "map.safetensors", "wb") as file:
+        file.truncate(size)
+    with serving(root, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit("/data")
+        page.get_by_role("button", name="Check every file").click()
+        said = page.get_by_text(re.compile(r"check [\d,]+ of 262,\d+ MiB · .* left"))
+        said.wait_for(timeout=30_000)
+        # it goes on by itself
+        before = said.inner_text()
+        page.wait_for_function("before => !document.body.innerText.includes(before)", arg=before, timeout=20_000)
+        picture(page, "job")
+        page.reload()
+        settle(page)
+        said.wait_for(timeout=20_000)
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_text(re.compile("Check every file: cancelled after")).wait_for(timeout=20_000)
+        # nothing is asked of the server any more
+        page.wait_for_timeout(500)
+        shows(page.get_by_role("button", name="Check every file"))
+        assert page.get_by_role("button", name="Cancel").count() == 0
+        picture(page, "job-cancelled")
+    assert not (root / "plain" / "jobs" / "check.json").exists()
 
 
 def test_dark(visit):

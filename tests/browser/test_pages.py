@@ -1,15 +1,19 @@
 """Every page in every state, without a browser: the right sentence is shown and nothing raises."""
 
 import json
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from saekit_browser import state
+from saekit_browser import jobs, state
 from streamlit.testing.v1 import AppTest
 
+from saekit.feature_index import FeatureIndex
+from saekit.progress import Progress
+from saekit.store.format import take_lock
 from saekit.variants import VARIANTS
 
 MAIN = Path(state.__file__).parent / "main.py"
@@ -56,18 +60,18 @@ def pressed(app: AppTest, label: str) -> AppTest:
 def done(app: AppTest, cancel: bool = False) -> AppTest:
     """The page once its job has ended."""
     for _ in range(600):
-        jobs_left = [b for b in app.button if b.label == "Cancel"]
-        if not jobs_left:
+        button = next((b for b in app.button if b.label == "Cancel"), None)
+        if button is None:
             return app
-        if cancel and not jobs_left[0].disabled:
-            jobs_left[0].click()
+        if cancel and not button.disabled:
+            button.click()
         time.sleep(0.05)
         app.run()
     raise AssertionError("the job does not end")
 
 
 def copied(saes: Path, root: Path) -> Path:
-    shutil.copytree(saes / "plain", root / "saes" / "plain", ignore=shutil.ignore_patterns("labels*"))
+    shutil.copytree(saes / "plain", root / "saes" / "plain", ignore=shutil.ignore_patterns("labels*", "jobs"))
     return root / "saes"
 
 
@@ -193,6 +197,115 @@ def test_data(browse, saes, tmp_path):
     weights.write_bytes(blob)
     app = done(pressed(browse(root, "data"), "Check every file"))
     assert "damaged" in words(app.error) and not app.success
+
+
+def slow_check(self):
+    """Reads one piece after the other, and has no end of its own within a test."""
+    with Progress("check", 2000, "pieces") as progress:
+        for _ in range(2000):
+            time.sleep(0.05)
+            progress.advance(1)
+    return ["the end was reached"]
+
+
+def test_a_job_shows_how_far_it_is_and_is_cancelled(browse, saes, tmp_path, monkeypatch):
+    root = copied(saes, tmp_path)
+    monkeypatch.setattr(FeatureIndex, "check", slow_check)
+    app = pressed(browse(root, "data"), "Check every file")
+    deadline = time.monotonic() + 20
+    while "2,000 pieces" not in (text := app.get("progress")[0].proto.text.replace("\\", "")) or "left" not in text:
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+        app.run()
+    assert re.match(r"Check every file · check \d+ of 2,000 pieces · .* left", text)
+    # another tab and another page see the same job, and can start none of their own
+    other = browse(root, "evaluate")
+    assert other.get("progress") and not any(b.label == "Measure" for b in other.button)
+    app = done(app, cancel=True)
+    assert "Check every file: cancelled after" in words(app.warning) and not app.success and not app.error
+    assert not (root / "plain" / "jobs" / "check.json").exists()
+    # the lock is free again
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", [str(MAIN), str(root)])
+    assert "are what their manifests say" in words(done(pressed(app, "Check every file")).success)
+
+
+def test_a_job_that_fails(browse, saes, tmp_path, monkeypatch):
+    root = copied(saes, tmp_path)
+
+    def fails(self):
+        raise ValueError("<b>boom</b>")
+
+    monkeypatch.setattr(FeatureIndex, "check", fails)
+    app = done(pressed(browse(root, "data"), "Check every file"))
+    assert re.search(r"Check every file failed; error [0-9a-f]{4} in the output", words(app.warning))
+    assert "boom" not in words(app.warning)
+
+
+def test_one_job_per_sae_in_all_processes(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    jobs_of = root / "plain" / "jobs"
+    jobs_of.mkdir()
+    with take_lock(jobs_of / ".lock", root):
+        app = pressed(browse(root, "data"), "Check every file")
+        assert "is being worked on by process" in words(app.error) and not app.get("progress")
+    shutil.rmtree(jobs_of)
+    jobs_of.write_text("in the way")
+    assert "run the command in a terminal" in words(pressed(browse(root, "data"), "Check every file").error)
+
+
+def test_measuring(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    app = browse(folder, "evaluate", tier="1")
+    assert "has no evaluation yet" in words(app.error)
+    assert any(c.value == f"saekit evaluate {folder} --tiers 1" for c in app.code)
+    app = done(pressed(app, "Measure"))
+    assert not app.error
+    stored = json.loads((folder / "evaluation.json").read_text())
+    assert set(stored["tiers"]) == {"1"} and "Last measured here on" in words(app.caption)
+    app.segmented_control(key="tier").set_value("all").run()
+    assert "tier" not in app.query_params
+    app = done(pressed(app, "Measure"))
+    assert [s.value for s in app.subheader][:2] == [
+        "Held-out activations (tier 1)",
+        "The language model with the SAE in place (tier 2)",
+    ]
+    # a link shows one tier; without the model the other is refused, with the reason
+    app = browse(folder, "evaluate", "--no-model", tier="2")
+    assert [s.value for s in app.subheader][0] == "The language model with the SAE in place (tier 2)"
+    assert next(b for b in app.button if b.label == "Measure").disabled and "--no-model" in words(app.caption)
+    app = browse(folder, "evaluate", tier="7")
+    assert app.segmented_control(key="tier").value == "all" and not app.error
+
+
+def test_measuring_without_a_store(browse, saes, tmp_path):
+    app = done(pressed(browse(copied(saes, tmp_path), "evaluate"), "Measure"))
+    assert "does not say which store it was trained on" in words(app.warning)
+
+
+def test_the_store_is_checked_where_it_is_at_hand(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    app = done(pressed(browse(folder, "data"), "Check every file"))
+    assert "SAE, evaluation, index and store are what" in words(app.success)
+    assert any(c.value.endswith(f"saekit check {trained.parent / 'acts'}") for c in app.code)
+
+
+def test_large_saes_are_matched_once(browse, saes, tmp_path, monkeypatch):
+    root = shutil.copytree(saes, tmp_path / "saes", ignore=shutil.ignore_patterns("labels*", "jobs", "store"))
+    monkeypatch.setattr(jobs, "LARGE", 0)
+    app = browse(root, "compare", a="plain", b="signed", kind="second")
+    assert not app.dataframe and "256 by 256 cosines of 64 numbers" in words(app.caption)
+    line = f"saekit compare {root / 'plain'} {root / 'signed'} --features"
+    assert any(c.value == line for c in app.code)
+    app = done(pressed(app, "Match the features"))
+    kept = app.dataframe[0].value
+    # the same as at once, and there after a reload
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", [str(MAIN), str(root)])
+    assert kept.equals(browse(root, "compare", a="plain", b="signed", kind="second").dataframe[0].value)
+    monkeypatch.setattr(jobs, "LARGE", 0)
+    app = browse(root, "compare", a="plain", b="signed", kind="second")
+    assert kept.equals(app.dataframe[0].value) and not any(b.label == "Match the features" for b in app.button)
 
 
 def test_features_filter_and_order(browse, saes):
