@@ -25,6 +25,7 @@ from saekit.browse import find_saes
 from saekit.config import LARGEST_SEED, SteerMode
 from saekit.errors import SaekitError
 from saekit.feature_index import FeatureIndex, open_index, render
+from saekit.feature_index.encoded import EncodedText
 
 VIEWS = Path(__file__).parent / "views"
 OVERVIEW, FEATURES, FEATURE, PROMPT, COMPARE, STEER, MAP, EVALUATE, DATA = (
@@ -173,6 +174,28 @@ def model(name: str):
     return load_model(name, compute="fp32")
 
 
+def own_model(idx: FeatureIndex):
+    """The language model of an index. SaekitError if it cannot be had, or has other weights now."""
+    lm = model((idx.manifest.get("model") or {}).get("id") or "")
+    expected = idx.manifest["fingerprints"]["model"]
+    if expected and lm.weights_fingerprint != expected:
+        raise SaekitError(
+            f"the model {lm.id} has other weights than the one this index was made with; its codes would mean nothing"
+        )
+    return lm
+
+
+def own_sae(idx: FeatureIndex):
+    folder = idx.path.parent
+    return sae(str(folder.resolve()), stamp(folder))
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def encoded(_idx: FeatureIndex, fingerprint: str, text: str) -> EncodedText:
+    """A text that was typed, through the language model."""
+    return _idx.encode(text, sae=own_sae(_idx), lm=own_model(_idx))
+
+
 def digest(*parts) -> str:
     """A short name for values, such as the key of a widget that belongs to them."""
     return sha256(repr(parts).encode()).hexdigest()[:16]
@@ -305,6 +328,8 @@ RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
 TIERS = ("all", "1", "2")
 COLOURS = ("density", "energy", "sign", "label")
 URL_CHARACTERS = 2_000
+TEXT_CHARACTERS = 20_000
+"""Of a text that is typed, at most."""
 
 CHOICES: dict[str, dict[str, Choice]] = {
     "features": {

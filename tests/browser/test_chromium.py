@@ -27,6 +27,8 @@ from driving import (
     wait_for,
 )
 
+import saekit as sk
+
 pytestmark = pytest.mark.browser
 
 
@@ -176,6 +178,31 @@ def test_a_job_with_progress_and_cancel(saes, chromium, tmp_path):
         assert page.get_by_role("button", name="Cancel").count() == 0
         picture(page, "job-cancelled")
     assert not (root / "plain" / "jobs" / "check.json").exists()
+
+
+def test_ablate_and_a_text_of_ones_own(trained, chromium, tmp_path):
+    """On page Feature: an example without the feature, a text that stays while J goes on."""
+    number_of = int(sk.open_index(trained).table(sort="-n", limit=1).features[0])
+    with serving(trained, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit(f"/feature?feature={number_of}")
+        page.get_by_text("Ablated on an example").click()
+        page.get_by_role("button", name="Ablate", exact=True).click()
+        page.get_by_text(re.compile(r"taken away · KL .* nats at the next token")).wait_for(timeout=60_000)
+        assert page.get_by_role("columnheader", name="next token").count() == 1
+        page.get_by_text("On a text of yours").click()
+        page.get_by_role("textbox", name="A text").fill("def add(self, a):\n    return self.total + a\n")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text(re.compile(r"fires on \d+ of \d+ tokens")).wait_for(timeout=60_000)
+        settle(page)
+        picture(page, "ablate")
+        page.get_by_role("heading").first.click()
+        press(page, "j")
+        assert number(page) != number_of
+        holds(page.get_by_role("textbox", name="A text"), "def add(self, a):\n    return self.total + a\n")
+        page.get_by_text(re.compile(r"fires on \d+ of \d+ tokens")).wait_for(timeout=60_000)
+        page.emulate_media(color_scheme="dark")
+        settle(page)
+        picture(page, "ablate-dark")
 
 
 def test_dark(visit):

@@ -11,7 +11,7 @@ import pytest
 from saekit_browser import jobs, state
 from streamlit.testing.v1 import AppTest
 
-from saekit.feature_index import FeatureIndex
+from saekit.feature_index import FeatureIndex, open_index, render
 from saekit.progress import Progress
 from saekit.store.format import take_lock
 from saekit.variants import VARIANTS
@@ -415,8 +415,6 @@ def test_label(browse, saes, tmp_path):
 
 
 def test_label_saved_meanwhile(browse, saes, tmp_path):
-    from saekit.feature_index import open_index
-
     root = copied(saes, tmp_path)
     app = browse(root, "feature", feature="3")
     open_index(root / "plain").feature(3).label = "theirs"
@@ -432,6 +430,59 @@ def test_labels_cannot_be_written(browse, saes, tmp_path):
     app.text_input(key="text-3-0").set_value("mine").run()
     assert "cannot be written" in words(app.toast) and not app.exception
     assert "Strongest" in html(app)
+
+
+def test_a_text_of_ones_own(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    index = open_index(folder)
+    number = int(index.table(sort="-n", limit=1).features[0])
+    app = browse(folder, "feature", feature=str(number))
+    assert "loaded when the first text is read" in words(app.caption)
+    hostile = "def add(self, <b>a</b>):\n    return ![x](http://example.com/x.png)\n"
+    app.text_area(key="own_text").set_value(hostile).run()
+    text = index.encode(hostile)
+    fires = int((text.codes_of(number) != 0).sum())
+    assert fires and f"fires on {fires} of {int(text.encoded.sum())} tokens" in html(app)
+    assert "<b>a</b>" not in html(app) and not any("example.com" in m.value for m in app.markdown)
+    # the text stays while one goes through the features
+    app.number_input(key="feature").set_value(number + 1 if number + 1 < 256 else 0).run()
+    assert app.text_area(key="own_text").value == hostile and "tokens" in html(app)
+    app.text_area(key="own_text").set_value("x = 1\n" * 200).run()
+    assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
+
+
+def test_ablate_on_an_example(browse, trained, tmp_path):
+    from saekit.steering import ablate_at
+
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    index = open_index(folder)
+    number = int(index.table(sort="-n", limit=1).features[0])
+    app = browse(folder, "feature", feature=str(number))
+    assert "taken away" not in html(app)
+    app = pressed(app, "Ablate")
+    whole = index.window(index.feature(number).top(1)[0].position, None)
+    found = ablate_at(folder, number, whole.tokens, whole.centre)
+    assert f"taken away · KL {render.number(found.kl)} nats" in html(app)
+    # stored in float16, and computed now from the same activation
+    assert found.code == pytest.approx(index.feature(number).top(1)[0].value, rel=2e-3) and "in the index its" not in html(app)
+    # another example waits for the button
+    app.number_input(key=f"rank-{number}-+").set_value(2).run()
+    assert "taken away" not in html(app)
+
+
+def test_the_panels_that_run_the_model_without_it(browse, saes, tmp_path):
+    app = browse(saes, "feature", "--no-model", sae="plain", feature="3")
+    line = f"saekit steer {saes / 'plain'} 3 --mode ablate --prompt TEXT"
+    assert line in words(app.caption) and not any(b.label == "Ablate" for b in app.button)
+    # a feature that never fires has no example
+    assert not any(b.label == "Ablate" for b in browse(saes, "feature", sae="plain", feature="19").button)
+    root = copied(saes, tmp_path)
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["fingerprints"]["model"] = "sha256:other"
+    manifest.write_text(json.dumps(content))
+    app = pressed(browse(root, "feature", feature="3"), "Ablate")
+    assert "has other weights than the one this index was made with" in words(app.error) and "Strongest" in html(app)
 
 
 def steered(app: AppTest) -> AppTest:
@@ -450,7 +501,6 @@ def test_steer(browse, saes, tmp_path):
     line = next(c.value for c in app.code)
     assert "steer" in line and "--dose -2 3.5" in line and "--seed 9007199254740991" in line
     # what it wrote is what the command writes
-    from saekit.feature_index import open_index, render
     from saekit.steering import steer
 
     same = steer(root / "plain", 3, "def f():", doses=(-2, 3.5), seeds=(2**53 - 1,))

@@ -11,7 +11,6 @@ from saekit.feature_index import render
 from saekit.feature_index.encoded import EncodedText
 from saekit.feature_index.format import FLAGS
 
-TEXT_CHARACTERS = 20_000
 ROWS = 16
 LINES = 8
 TYPED, PASSAGE = "Your text", "A passage of the index"
@@ -122,7 +121,7 @@ def typed(idx) -> EncodedText | None:
         "Text",
         key="text",
         height=120,
-        max_chars=TEXT_CHARACTERS,
+        max_chars=state.TEXT_CHARACTERS,
         placeholder="Type or paste a text, then Ctrl+Enter",
         label_visibility="collapsed",
         persist_state="session",
@@ -133,19 +132,7 @@ def typed(idx) -> EncodedText | None:
         st.caption("The language model is loaded when the first text is read.")
         return None
     with st.spinner("Reading the text with the language model …", show_time=True):
-        return encoded(idx, idx.fingerprint, given)
-
-
-@st.cache_resource(show_spinner=False, max_entries=16)
-def encoded(_idx, fingerprint: str, text: str) -> EncodedText:
-    lm = state.model((_idx.manifest.get("model") or {}).get("id") or "")
-    expected = _idx.manifest["fingerprints"]["model"]
-    if expected and lm.weights_fingerprint != expected:
-        raise SaekitError(
-            f"the model {lm.id} has other weights than the one this index was made with; its codes would mean nothing"
-        )
-    folder = _idx.path.parent
-    return _idx.encode(text, sae=state.sae(str(folder.resolve()), state.stamp(folder)), lm=lm)
+        return state.encoded(idx, idx.fingerprint, given)
 
 
 def passage(idx) -> EncodedText:
