@@ -190,6 +190,20 @@ def own_sae(idx: FeatureIndex):
     return sae(str(folder.resolve()), stamp(folder))
 
 
+class Effects(NamedTuple):
+    """What a code of 1 of each feature adds to the logit of one token."""
+
+    per_code_F: np.ndarray
+    note: str
+    """What the number leaves out, in words; empty if nothing."""
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def effects(_idx: FeatureIndex, fingerprint: str, token: int) -> Effects:
+    W_U_VD, note = own_model(_idx).unembedding([token])
+    return Effects(_idx.effects_on(W_U_VD[0].detach().cpu().numpy()), note)
+
+
 @st.cache_resource(show_spinner=False, max_entries=16)
 def encoded(_idx: FeatureIndex, fingerprint: str, text: str) -> EncodedText:
     """A text that was typed, through the language model."""
@@ -324,7 +338,7 @@ SORTS = (
 FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
 LABELLED = ("all", "labelled", "unlabelled")
 VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
-RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
+RANKS, HIDE = ("magnitude", "rarity", "effect"), ("dense", "start-of-sequence")
 TIERS = ("all", "1", "2")
 COLOURS = ("density", "energy", "sign", "label")
 URL_CHARACTERS = 2_000
@@ -369,6 +383,9 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "feature": Choice(None, _number),
         "rank": _one_of(*RANKS),
         "hide": _some_of(*HIDE),
+        "beside": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
+        "next": Choice("", lambda given: given[-1][:100]),
+        "document": Choice(None, _number),
     },
 }
 
@@ -398,13 +415,14 @@ def leave(page: str):
     st.session_state[f"written-{page}"] = wanted
 
 
-def say_if_missing(last: int):
-    """A feature number in the address that this SAE does not have."""
-    asked = st.query_params.get("feature")
+def say_if_missing(last: int, what: str = "feature", whose: str = "SAE"):
+    """A number in the address that is none, or above the last one."""
+    asked = st.query_params.get(what)
     number = None if asked is None else _number([asked])
     if asked is not None and (number is None or number > last):
         shown = asked[:40] if number is None else f"{number:,}"
-        st.warning(literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:")
+        said = f"{what} {shown} does not exist; this {whose} has " + (f"0 to {last:,}" if last >= 0 else "none")
+        st.warning(literal(said), icon=":material/search_off:")
 
 
 def say_if_no_seed():
@@ -434,8 +452,9 @@ def _as_strings(page: str) -> dict[str, list[str]]:
         if value != CHOICES[page][key].default:
             many = value if isinstance(value, list | tuple) else [value]
             out[key] = [str(v).lower() if isinstance(v, bool) else str(v) for v in many]
-    if len(out.get("text", [""])[0]) > URL_CHARACTERS:
-        del out["text"]
+    for key in ("text", "beside"):
+        if len(out.get(key, [""])[0]) > URL_CHARACTERS:
+            del out[key]
     return out
 
 

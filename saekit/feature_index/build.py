@@ -31,6 +31,7 @@ from saekit.feature_index.format import (
     ABSENT,
     BINS,
     COLUMNS,
+    DIRECT,
     FORMAT,
     FORMAT_VERSION,
     PER_SLICE,
@@ -62,8 +63,6 @@ PENDING_CODES = 1 << 24
 """Codes that may wait for it; where many features fire these are fewer tokens."""
 BY_TOKEN_BYTES = 8 << 30
 RAM = 1 << 30
-# sites that add straight into the residual stream, where a decoder row times the unembedding means something
-DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
 def _pairs(codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

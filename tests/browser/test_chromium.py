@@ -205,6 +205,29 @@ def test_ablate_and_a_text_of_ones_own(trained, chromium, tmp_path):
         picture(page, "ablate-dark")
 
 
+def test_two_texts_and_the_effect_on_a_next_token(visit):
+    """A token of the second text is clicked: the ranking is its own, by the effect on the token that follows."""
+    page = visit("/prompt?sae=plain&rank=effect&text=def%20add(self)%3A&beside=import%20os%2C%20sys")
+    page.get_by_text("Where the strongest fire").first.wait_for(timeout=60_000)
+    settle(page)
+    shows(page.get_by_text("Name a next token, or click a token"))
+    views = page.locator("#tokens")
+    assert views.count() == 2
+    views.nth(1).locator("span").nth(1).click()
+    page.get_by_text(re.compile(r"on the logit of .* \(token [\d,]+\)")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile("On token 1, import")).wait_for(timeout=20_000)
+    settle(page)
+    assert views.nth(1).locator(".chosen").count() == 1 and views.nth(0).locator(".chosen").count() == 0
+    page.get_by_text("Error per token").first.click()
+    settle(page)
+    picture(page, "prompt-two")
+    assert parameters(page)["rank"] == "effect" and parameters(page)["beside"] == "import os, sys"
+    other = visit("/prompt?sae=plain&document=2", theme="dark")
+    shows(other.get_by_text(re.compile(r"tokens in the index")))
+    holds(other.get_by_role("spinbutton", name="Document"), "2")
+    picture(other, "prompt-document-dark")
+
+
 def test_dark(visit):
     page = visit("/feature?sae=signed&feature=2", theme="dark")
     assert (

@@ -598,6 +598,105 @@ def test_prompt(browse, saes):
     assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
 
 
+TEXT = "def add(self, a):\n    return self.total + a"
+
+
+def test_two_texts_beside_each_other(browse, saes):
+    app = browse(saes / "plain", "prompt", text=TEXT, beside="import os")
+    assert not app.error and app.toggle(key="two").value
+    assert app.text_area(key="beside").value == "import os"
+    rows = app.dataframe[0].value
+    index = open_index(saes / "plain")
+    for name, text in (("code", TEXT), ("beside", "import os")):
+        codes = index.encode(text)
+        for j, value in zip(rows["feature"], rows[name], strict=True):
+            c = codes.codes_of(j)
+            assert value == c[abs(c).argmax()]
+    largest = rows[["code", "beside"]].abs().max(axis=1)
+    assert largest.is_monotonic_decreasing and "Strongest anywhere in both texts" in words(app.caption)
+    # put away, it leaves the address
+    app.toggle(key="two").set_value(False).run()
+    assert "beside" not in app.query_params and "beside" not in app.dataframe[0].value
+    assert not app.exception and not app.error
+
+
+@pytest.mark.parametrize("named", ["self", " self", "#5"])
+def test_rank_by_effect_on_a_next_token(browse, saes, named):
+    import torch
+
+    from saekit.model import load_model
+    from saekit.sae import SAE
+
+    app = browse(saes / "plain", "prompt", text=TEXT, rank="effect", next=named)
+    assert not app.error and dict(app.query_params)["rank"] == "effect"
+    index, sae = open_index(saes / "plain"), SAE.load(saes / "plain")
+    pieces = index.vocabulary
+    token = 5 if named == "#5" else pieces.index(named.encode() if named.encode() in pieces else b" " + named.encode())
+    W_U_VD, _ = load_model(index.manifest["model"]["id"], compute="fp32").unembedding()
+    codes = index.encode(TEXT)
+    effects = (sae.W_dec @ W_U_VD[token]).detach()
+    wanted = {j: float(v * effects[j]) for j, v in zip(*codes.strongest(999), strict=True)}
+    rows = app.dataframe[0].value
+    best = sorted(wanted, key=lambda j: -abs(wanted[j]))[:16]
+    assert rows["feature"].tolist() == best
+    torch.testing.assert_close(torch.tensor(rows["effect"].tolist()), torch.tensor([wanted[j] for j in best]))
+    assert f"(token {token:,}): code × decoder row · unembedding" in html(app)
+
+
+def test_effect_where_there_is_none(browse, saes):
+    app = browse(saes, "prompt", "--no-model", sae="plain", rank="effect")
+    assert "The effect needs the language model" in words(app.caption) and "effect" not in app.dataframe[0].value
+    app = browse(saes, "prompt", sae="plain", rank="effect", text=TEXT)
+    assert "Name a next token, or click a token" in words(app.caption)
+    # the token that follows the clicked one
+    app.session_state["token"] = 1
+    app.run()
+    assert "on the logit of" in html(app) and "effect" in app.dataframe[0].value
+    app = browse(saes, "prompt", sae="plain", rank="effect", text=TEXT, next="no such token")
+    assert "'no such token' is no single token of this vocabulary" in words(app.warning)
+    assert app.dataframe[0].value["feature"].size and not app.error
+    app = browse(saes, "prompt", sae="plain", rank="nonsense", hide="nothing", next="x" * 500, text=TEXT)
+    assert not app.error and app.segmented_control(key="rank").value == "magnitude"
+
+
+def test_dense_and_start_features_are_hidden(browse, saes):
+    shown = browse(saes, "prompt", "--no-model", sae="plain").dataframe[0].value["feature"].tolist()
+    app = browse(saes, "prompt", "--no-model", sae="plain", hide="dense")
+    # 14 is dense
+    assert 14 in shown and 14 not in app.dataframe[0].value["feature"].tolist()
+    app = browse(saes, "prompt", "--no-model", sae="plain", hide="start-of-sequence")
+    hidden = {j for j in range(256) if "start-of-sequence" in open_index(saes / "plain").feature(j).flags}
+    assert 17 in hidden and not hidden & set(app.dataframe[0].value["feature"])
+
+
+def test_error_per_token(browse, saes):
+    app = browse(saes / "plain", "prompt", text=TEXT)
+    share = open_index(saes / "plain").encode(TEXT).error_share
+    assert f"largest {render.percent(float(share.max()))} at token {int(share.argmax())}" in html(app)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-model",)])
+def test_a_document_of_the_index(browse, saes, options):
+    app = browse(saes, "prompt", *options, sae="plain", document="1")
+    index = open_index(saes / "plain")
+    positions = index.document_positions(1)
+    assert app.segmented_control(key="source").value == "A document of the index" and not app.error
+    assert render.escape(f"{index.documents[1]['name']} · {len(positions):,} tokens in the index") in html(app)
+    codes = index.passage(positions[:2000])
+    j, value = (x[0] for x in codes.strongest(1))
+    assert (app.dataframe[0].value["feature"][0], app.dataframe[0].value["code"][0]) == (j, value)
+    # a long one in parts
+    if len(positions) > 2000:
+        app.number_input(key="part-1").set_value(2).run()
+        assert app.dataframe[0].value["code"][0] == index.passage(positions[2000:4000]).strongest(1).values[0]
+    # another source takes it out of the address
+    app.segmented_control(key="source").set_value("A passage of the index").run()
+    assert "document" not in app.query_params and not app.error
+    for bad in ("99999", "-1", "x"):
+        app = browse(saes, "prompt", *options, sae="plain", document=bad)
+        assert "this index has 0 to" in words(app.warning) and not app.error
+
+
 def test_a_variant_of_ones_own(browse, saes, tmp_path):
     root = copied(saes, tmp_path)
     file = tmp_path / "own.py"
