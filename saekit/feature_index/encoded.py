@@ -90,7 +90,7 @@ def stored_text(index: "FeatureIndex", positions: np.ndarray) -> EncodedText:
     if positions.min() < 0 or positions.max() >= index.n_tokens:
         raise SaekitError(f"a position does not exist; this index has 0 to {index.n_tokens - 1:,}")
     if not index.has_by_token:
-        raise SaekitError(f"an index without by_token; run  saekit index {index.path.parent} --by-token")
+        raise SaekitError(f"an index without by_token; run  saekit index {index.path.parent}")
     tokens, table, per_token = index.file("tokens"), index.file("by_token"), index.file("per_token")
     begin, count = table["start"][positions], table["start"][positions + 1] - table["start"][positions]
     ids, special = tokens["token"][positions].astype(np.int64), index.file("vocab")["special"]

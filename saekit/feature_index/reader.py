@@ -460,7 +460,9 @@ class FeatureIndex:
         """
         W_dec_FD = self.decoder()
         if not str(self.site).endswith(DIRECT) or W_dec_FD.shape[1] != len(W_U_D):
-            raise SaekitError(f"no direct effect on a logit: {self.site} does not write into the residual stream directly")
+            raise SaekitError(
+                f"no direct effect on a logit: {self.site} does not write into the residual stream directly"
+            )
         return W_dec_FD @ np.asarray(W_U_D, np.float32)
 
     def compare(self, other: "FeatureIndex") -> Matching:

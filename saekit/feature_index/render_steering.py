@@ -92,7 +92,9 @@ def ablation_html(found: "Ablation", example, scale: float) -> str:
     drawn = example_html(example, scale)
     stored, apart = example.value, abs(found.code - example.value)
     if apart > STORED_AND_NOW * max(abs(stored), abs(found.code)):
-        said += f" · in the index its code is {code(stored, scale)}: the model was run otherwise when the store was made"
+        said += (
+            f" · in the index its code is {code(stored, scale)}: the model was run otherwise when the store was made"
+        )
     changes = _changes_html(found.next_tokens) if found.code else ""
     return f'<div>{drawn}<p class="q">{escape(said)}</p>{changes}</div>'
 

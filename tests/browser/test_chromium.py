@@ -155,7 +155,9 @@ def test_a_job_with_progress_and_cancel(saes, chromium, tmp_path):
     manifest = root / "plain" / "index" / "manifest.json"
     content = json.loads(manifest.read_text())
     size = 1 << 38
-    manifest.write_text(json.dumps({**content, "files": {**content["files"], "map.safetensors": {"bytes": size, "sha256": ""}}}))
+    manifest.write_text(
+        json.dumps({**content, "files": {**content["files"], "map.safetensors": {"bytes": size, "sha256": ""}}})
+    )
     with open(root / "plain" / "index" / "map.safetensors", "wb") as file:
         file.truncate(size)
     with serving(root, tmp_path) as server, visiting(server, chromium) as visit:

@@ -272,7 +272,7 @@ def test_measuring(browse, trained, tmp_path):
     ]
     # a link shows one tier; without the model the other is refused, with the reason
     app = browse(folder, "evaluate", "--no-model", tier="2")
-    assert [s.value for s in app.subheader][0] == "The language model with the SAE in place (tier 2)"
+    assert app.subheader[0].value == "The language model with the SAE in place (tier 2)"
     assert next(b for b in app.button if b.label == "Measure").disabled and "--no-model" in words(app.caption)
     app = browse(folder, "evaluate", tier="7")
     assert app.segmented_control(key="tier").value == "all" and not app.error
@@ -464,7 +464,8 @@ def test_ablate_on_an_example(browse, trained, tmp_path):
     found = ablate_at(folder, number, whole.tokens, whole.centre)
     assert f"taken away · KL {render.number(found.kl)} nats" in html(app)
     # stored in float16, and computed now from the same activation
-    assert found.code == pytest.approx(index.feature(number).top(1)[0].value, rel=2e-3) and "in the index its" not in html(app)
+    assert found.code == pytest.approx(index.feature(number).top(1)[0].value, rel=2e-3)
+    assert "in the index its" not in html(app)
     # another example waits for the button
     app.number_input(key=f"rank-{number}-+").set_value(2).run()
     assert "taken away" not in html(app)
@@ -641,6 +642,20 @@ def test_rank_by_effect_on_a_next_token(browse, saes, named):
     assert rows["feature"].tolist() == best
     torch.testing.assert_close(torch.tensor(rows["effect"].tolist()), torch.tensor([wanted[j] for j in best]))
     assert f"(token {token:,}): code × decoder row · unembedding" in html(app)
+
+
+def test_effect_before_a_soft_cap_says_so(browse, saes, tmp_path, language_model):
+    """A Llama whose configuration names a cap: the same weights, so the index is its own."""
+    root = copied(saes, tmp_path)
+    capped = shutil.copytree(language_model, tmp_path / "capped")
+    config = json.loads((capped / "config.json").read_text())
+    (capped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["model"]["id"] = str(capped)
+    manifest.write_text(json.dumps(content))
+    app = browse(root, "prompt", text=TEXT, rank="effect", next="self")
+    assert render.escape("before the model's soft cap of the logits at ±30") in html(app)
 
 
 def test_effect_where_there_is_none(browse, saes):

@@ -259,7 +259,9 @@ def examples(idx, number: int):
 def through_the_model(idx, number: int):
     """Panels that run it; it is loaded when one of them is first used."""
     if not state.arguments().model:
-        line = shlex.join(["saekit", "steer", str(idx.path.parent), str(number), "--mode", "ablate", "--prompt", "TEXT"])
+        line = shlex.join(
+            ["saekit", "steer", str(idx.path.parent), str(number), "--mode", "ablate", "--prompt", "TEXT"]
+        )
         st.caption(
             "A text of yours and ablating need the language model, and saekit browse was started with --no-model; "
             f"in a terminal: {state.literal(line)}"
@@ -299,7 +301,9 @@ def own_text(idx, number: int):
     said = f"fires on {fires} of {int(text.encoded.sum())} tokens"
     if fires:
         strongest = float(codes[np.abs(codes).argmax()])
-        said += f", strongest {render.code(strongest, scale)}, {render.percent(abs(strongest) / scale)} of the full colour"
+        said += (
+            f", strongest {render.code(strongest, scale)}, {render.percent(abs(strongest) / scale)} of the full colour"
+        )
     legend = render.legend_html(scale, idx.signed, "the largest magnitude in the index or here")
     st.html(render.fragment(f'<div class="t">{line}</div><p class="q">{render.escape(said)}</p>{legend}'))
 

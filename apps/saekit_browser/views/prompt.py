@@ -128,7 +128,7 @@ def source(idx) -> str:
     allowed = [TYPED, *stored] if with_model else stored
     if st.session_state.get("source") not in allowed:
         st.session_state.source = allowed[0]
-    return st.segmented_control(
+    chosen = st.segmented_control(
         "Source",
         allowed,
         required=True,
@@ -136,6 +136,8 @@ def source(idx) -> str:
         persist_state="session",
         label_visibility="collapsed",
     )
+    assert chosen is not None
+    return chosen
 
 
 def typed(idx) -> EncodedText | None:
@@ -300,7 +302,11 @@ def tokens(idx, texts: list[EncodedText], side: int, feature: int | None):
         step = render.step(code, scale) if code else ""
         # white space is laid out as it is, with a mark where a line ends
         shown = render.visible(b"".join(text.pieces[a:b])).replace("␣", " ").replace("↵", "↵\n")
-        title = f"token {a:,}" + (f" · {render.number(code)}" if code else "") + f" · {int(text.l0[a])} features · error {render.percent(float(error[a]))}"
+        title = (
+            f"token {a:,}"
+            + (f" · {render.number(code)}" if code else "")
+            + f" · {int(text.l0[a])} features · error {render.percent(float(error[a]))}"
+        )
         units.append(
             {
                 "text": shown,
@@ -386,7 +392,9 @@ def ranking(idx, texts: list[EncodedText], effects: state.Effects | None):
     else:
         text, token = texts[at[0]], at[1]
         said = f"On token {token}, {render.visible(text.pieces[token])} : {int(text.l0[token])} features"
-        said += f", error {render.percent(float(text.error_share[token]))} of ‖x‖²" if text.encoded[token] else ", no code"
+        said += (
+            f", error {render.percent(float(text.error_share[token]))} of ‖x‖²" if text.encoded[token] else ", no code"
+        )
         with st.container(horizontal=True, vertical_alignment="center"):
             st.html(render.fragment(f'<p class="q">{render.escape(said)}</p>'), width="content")
             st.button(
