@@ -182,6 +182,23 @@ def test_a_job_with_progress_and_cancel(saes, chromium, tmp_path):
     assert not (root / "plain" / "jobs" / "check.json").exists()
 
 
+def test_measuring(trained, chromium, tmp_path):
+    """Page Evaluate measures, and shows what it measured without being asked again; a link shows one tier."""
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    with serving(folder, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit("/evaluate")
+        shows(page.get_by_text("has no evaluation yet", exact=False))
+        page.get_by_role("button", name="Measure").click()
+        page.get_by_role("heading", name="The language model with the SAE in place (tier 2)").wait_for(timeout=90_000)
+        settle(page)
+        assert page.get_by_text("has no evaluation yet", exact=False).count() == 0
+        picture(page, "evaluate")
+        page = visit("/evaluate?tier=1", theme="dark")
+        shows(page.get_by_role("heading", name="Held-out activations (tier 1)"))
+        assert page.get_by_role("heading", name="(tier 2)").count() == 0
+        picture(page, "evaluate-dark")
+
+
 def test_ablate_and_a_text_of_ones_own(trained, chromium, tmp_path):
     """On page Feature: an example without the feature, a text that stays while J goes on."""
     number_of = int(sk.open_index(trained).table(sort="-n", limit=1).features[0])
@@ -204,6 +221,7 @@ def test_ablate_and_a_text_of_ones_own(trained, chromium, tmp_path):
         page.get_by_text(re.compile(r"fires on \d+ of \d+ tokens")).wait_for(timeout=60_000)
         page.emulate_media(color_scheme="dark")
         settle(page)
+        page.get_by_text("Ablated on an example").scroll_into_view_if_needed()
         picture(page, "ablate-dark")
 
 
