@@ -33,6 +33,7 @@ _HOMES = {
     "Trainer": "saekit.trainer",
     "VARIANTS": "saekit.variants",
     "Variational": "saekit.variants",
+    "ablate_at": "saekit.steering",
     "build_index": "saekit.feature_index",
     "collect": "saekit.collector",
     "evaluate": "saekit.evaluation",
@@ -60,6 +61,7 @@ __all__ = [
     "Trainer",
     "Variational",
     "__version__",
+    "ablate_at",
     "build_index",
     "collect",
     "evaluate",
@@ -79,7 +81,7 @@ if TYPE_CHECKING:
     from saekit.model import load_model
     from saekit.run import train
     from saekit.sae import SAE
-    from saekit.steering import steer
+    from saekit.steering import ablate_at, steer
     from saekit.store import open_store
     from saekit.synthetic import Synthetic
     from saekit.trainer import Trainer

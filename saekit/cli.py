@@ -417,7 +417,12 @@ def feature(argv: list[str]):
 
 def compare(argv: list[str]):
     def parse(
-        sae: _positional(tuple[Path, ...], "SAE"), *, html: Path | None = None, csv: bool = False, json: bool = False
+        sae: _positional(tuple[Path, ...], "SAE"),
+        *,
+        html: Path | None = None,
+        csv: bool = False,
+        json: bool = False,
+        features: bool = False,
     ):
         """Prints the stored evaluations of several SAEs side by side, seeds of one recipe as one row.
 
@@ -426,10 +431,14 @@ def compare(argv: list[str]):
             html: Write one HTML file with L0 against FVU and against the added loss.
             csv: Print comma-separated values instead.
             json: Print JSON instead.
+            features: Match the features of two indexed SAEs by their decoder rows instead.
         """
-        return sae, html, csv, json
+        return sae, html, csv, json, features
 
-    folders, html, as_csv, as_json = _parse(parse, argv, "saekit compare")
+    folders, html, as_csv, as_json, features = _parse(parse, argv, "saekit compare")
+    if features:
+        _match(folders, html, as_csv, as_json)
+        return
     from saekit.evaluation.comparison import compare as compare_
     from saekit.store.format import pretty_json
 
@@ -441,6 +450,20 @@ def compare(argv: list[str]):
         print(found.to_csv(), end="")
     else:
         print(pretty_json(found.to_dict()).decode() if as_json else found)
+
+
+def _match(folders: tuple[Path, ...], html: Path | None, as_csv: bool, as_json: bool):
+    """`saekit compare A B --features`."""
+    if len(folders) != 2:
+        raise SaekitError(f"--features matches two SAEs, {len(folders)} named")
+    if html is not None or as_csv:
+        raise SaekitError("--features prints one line, or JSON with --json; without it --html and --csv")
+    from saekit.feature_index import open_index
+    from saekit.store.format import pretty_json
+
+    first, second = map(open_index, folders)
+    found = first.compare(second)
+    print(pretty_json(found.to_dict()).decode() if as_json else found.summary(), end="" if as_json else "\n")
 
 
 def steer(argv: list[str]):

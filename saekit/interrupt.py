@@ -43,6 +43,10 @@ class Stop:
         raise Terminated(message)
 
 
+class Cancelled(KeyboardInterrupt):
+    """What the watcher of work in another thread raises to end it (progress.py), as Ctrl-C does in the main one."""
+
+
 class Terminated(SystemExit):
     """SIGTERM after the saving: exit code 143, with what the command line says."""
 

@@ -642,8 +642,9 @@ class LanguageModel:
             yield
 
     @torch.no_grad()
-    def unembedding(self) -> Unembedding:
-        """W_U with the final norm's gain folded in, centred over the vocabulary, in float32.
+    def unembedding(self, tokens: Sequence[int] | None = None) -> Unembedding:
+        """W_U with the final norm's gain folded in, centred over the vocabulary, in float32; of `tokens` these rows alone,
+        without the memory of the others.
 
         A norm that subtracts the mean over D is folded in as well. Raises SaekitError without a head, or for an
         architecture whose final norm is not known.
@@ -652,10 +653,18 @@ class LanguageModel:
         if head is None or self._layout is None:
             raise SaekitError(f"the unembedding of {self.architecture} is not known; logit weights are left out")
         norm = self._decoder.get_submodule(self._layout.norm)
-        W_U_VD = head.weight.float() * (norm.weight.float() + self._layout.norm_offset)
-        if isinstance(norm, nn.LayerNorm):
-            W_U_VD = W_U_VD - W_U_VD.mean(1, keepdim=True)
-        W_U_VD = W_U_VD - W_U_VD.mean(0)
+        gain_D = norm.weight.float() + self._layout.norm_offset
+
+        def through_norm(W_VD: Tensor) -> Tensor:
+            W_VD = W_VD * gain_D
+            return W_VD - W_VD.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else W_VD
+
+        if tokens is None:
+            W_U_VD = through_norm(head.weight.float())
+            W_U_VD = W_U_VD - W_U_VD.mean(0)
+        else:
+            mean_D = head.weight.mean(0, keepdim=True, dtype=torch.float32)
+            W_U_VD = through_norm(head.weight[list(tokens)].float()) - through_norm(mean_D)
         W_U_VD = W_U_VD / getattr(self.config, "logits_scaling", 1.0)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return Unembedding(W_U_VD, f"before the model's soft cap of the logits at ±{cap:g}" if cap else "")

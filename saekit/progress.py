@@ -5,13 +5,32 @@
 
 On a terminal the line is rewritten at most ten times a second; elsewhere a line is printed every 30 seconds and one at
 the end. `Progress.quiet = True` silences all of them (tests, libraries).
+
+    with watched(lambda progress: ...):              # told at each step, in place of the line; what it raises ends the work
+        evaluate("saes/topk")
 """
 
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 WIDTH = 24
+
+_watcher: ContextVar["Callable[[Progress], None] | None"] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: "Callable[[Progress], None]") -> Iterator[None]:
+    """Work of this thread tells `watcher` how far it is: when a stretch of it begins, and after each step. What the watcher
+    raises, such as `Cancelled`, comes out between two steps."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def duration(seconds: float) -> str:
@@ -32,6 +51,7 @@ class Progress:
         self.done, self.note = 0, ""
         self.start = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.watcher = _watcher.get()
 
     @classmethod
     def say(cls, line: str):
@@ -40,19 +60,31 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
+        if self.watcher is not None:
+            self.watcher(self)
         return self
 
     def __exit__(self, kind, *_):
-        if not self.quiet:
+        if not self.quiet and self.watcher is None:
             self._show(final=True, failed=kind is not None)
 
     def advance(self, n: int, note: str = ""):
         self.done += n
         self.note = note or self.note
+        if self.watcher is not None:
+            self.watcher(self)
+            return
         now = time.monotonic()
         if not self.quiet and now - self.shown >= (0.1 if self.terminal else 30.0):
             self.shown = now
             self._show()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go at the speed so far; None where nothing is done or the total is not known."""
+        if not self.total or not self.done:
+            return None
+        return (time.monotonic() - self.start) * max(0.0, self.total / self.done - 1)
 
     def _show(self, final: bool = False, failed: bool = False):
         seconds = time.monotonic() - self.start
@@ -69,8 +101,8 @@ class Progress:
             parts.append(f"stopped after {duration(seconds)}")
         elif final:
             parts.append(f"in {duration(seconds)}")
-        elif 0 < share < 1:
-            parts.append(f"{duration(seconds / share * (1 - share))} left")
+        elif self.left:
+            parts.append(f"{duration(self.left)} left")
         line = " · ".join(parts)
         if not self.terminal:
             print(line, file=sys.stderr, flush=True)

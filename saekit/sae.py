@@ -20,7 +20,15 @@ import saekit
 from saekit.errors import SaekitError
 from saekit.progress import Progress
 from saekit.step import Moment, SparseSlots, inference_step
-from saekit.store.format import atomic_write, canonical_json, map_tensors, pretty_json, read_header, write_tensors
+from saekit.store.format import (
+    atomic_write,
+    canonical_json,
+    map_tensors,
+    pretty_json,
+    read_header,
+    sha256_file,
+    write_tensors,
+)
 from saekit.variants import VARIANTS, FeatureChoice, Variant
 
 FORMAT, FORMAT_VERSION = "saekit-sae", 1
@@ -295,7 +303,9 @@ def check_sae(folder: str | Path) -> list[str]:
     except SaekitError as error:
         return [str(error)]
     problems = []
-    if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != sae.config["weights"]["sha256"]:
+    with Progress("check", (folder / WEIGHTS).stat().st_size >> 20, "MiB") as progress:
+        digest = sha256_file(folder / WEIGHTS, lambda count: progress.advance(count >> 20))
+    if digest != sae.config["weights"]["sha256"]:
         problems.append(f"{WEIGHTS} is damaged (sha256 differs)")
     problems += _wrong_values(sae)
     unknown = read_header(folder / WEIGHTS).keys() - sae.state_dict().keys()

@@ -110,6 +110,23 @@ class Steering:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """What one firing does to the token that follows: the model's next token without and with the feature's part at it."""
+
+    feature: int
+    code: float
+    """Of the feature where it was taken away, computed now; 0 where it is silent, and then nothing changes."""
+    kl: float
+    """KL(untouched ‖ ablated) of the next token, in nats."""
+    next_tokens: tuple[Change, ...]
+    """Those whose probability changed most."""
+
+    def to_dict(self) -> dict:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Intervention:
     """x := f(x) on one feature. `amount`: dose · u of each row of the batch (R); unused where the mode has none."""
 
@@ -128,12 +145,13 @@ class Intervention:
         elif self.mode == "add":
             change = amount.expand(shape[:2])
         else:
-            change = -self._code(x)
+            change = -self.code(x)
             if self.mode == "set":
                 change = change + amount
         return (x + change[..., None] * d).to(x_RTD)
 
-    def _code(self, x_RTD: Tensor) -> Tensor:
+    def code(self, x_RTD: Tensor) -> Tensor:
+        """The feature's code at each token (R, T)."""
         codes = self.sae.encode(x_RTD)
         row_N, feature_N, value_N = codes.pairs()
         c = torch.zeros(codes.batch, device=value_N.device)
@@ -189,9 +207,13 @@ def steer(
     return found[0] if isinstance(prompt, str) else found
 
 
-def _check(sae: SAE, feature: int, mode: str, doses, new_tokens: int, seeds, temperature: float):
+def _check_feature(sae: SAE, feature: int):
     if not 0 <= feature < sae.d_sae:
         raise SaekitError(f"feature {feature} does not exist; this SAE has 0 to {sae.d_sae - 1:,}")
+
+
+def _check(sae: SAE, feature: int, mode: str, doses, new_tokens: int, seeds, temperature: float):
+    _check_feature(sae, feature)
     if mode not in get_args(SteerMode):
         raise SaekitError(f"mode {mode} is not known; choose {', '.join(get_args(SteerMode))}")
     if mode in DOSED and not len(doses):
@@ -254,6 +276,62 @@ def _model_of(sae: SAE, model, device: str, force: bool) -> LanguageModel:
     return lm
 
 
+@torch.no_grad()
+def ablate_at(
+    sae: "SAE | str | Path",
+    feature: int,
+    ids: Sequence[int],
+    at: int = -1,
+    *,
+    model: "LanguageModel | str | None" = None,
+    device: str = "auto",
+    force: bool = False,
+) -> Ablation:
+    """x − c · d at one token of a text, and what that changes in the model's next token behind it. What stands behind `at`
+    is not read. Of an example of the index: its sequence up to its strongest token.
+
+        window = index.window(position, None)
+        ablate_at("saes/topk", 123, window.tokens, window.centre)
+
+    Raises SaekitError as `steer` does, and for a token on which the SAE was not trained.
+    """
+    if not isinstance(sae, SAE):
+        sae = SAE.load(sae)
+    _check_feature(sae, feature)
+    ids = [int(t) for t in ids]
+    if not -len(ids) <= at < len(ids):
+        raise SaekitError(f"token {at} does not exist; the text has {len(ids):,}")
+    lm = _model_of(sae, model, device, force)
+    ids = ids[: at % len(ids) + 1]
+    if ids[-1] in ((sae.config.get("context") or {}).get("dropped_ids") or []):
+        raise SaekitError(f"token {len(ids) - 1} is one that the SAE was not trained on")
+    if lm.max_context is not None and len(ids) > lm.max_context:
+        raise SaekitError(f"the text has {len(ids):,} tokens up to there, {lm.id} reads {lm.max_context:,}")
+    assert sae.site is not None
+    on_feature, codes = Intervention(sae, feature, "ablate", torch.zeros(1)), []
+
+    def put(x_RTD: Tensor) -> Tensor:
+        last = x_RTD[:, -1:]
+        codes.append(float(on_feature.code(last.float().to(sae.W_dec.device))))
+        return torch.cat([x_RTD[:, :-1], on_feature(last).to(x_RTD.device)], dim=1)
+
+    row_T = torch.tensor([ids])
+    plain_V = lm.logits(row_T)[0, -1].float().log_softmax(-1)
+    other_V = lm.replace(row_T, sae.site, put)[0, -1].float().log_softmax(-1)
+    kl = float((plain_V.exp() * (plain_V - other_V)).sum())
+    changes = _changes(plain_V.exp(), other_V.exp(), vocab_bytes(lm.tokenizer, lm.vocab_size) if lm.tokenizer else None)
+    return Ablation(feature, codes[0], max(kl, 0.0), changes)
+
+
+def _changes(before_V: Tensor, after_V: Tensor, vocabulary: VocabBytes | None) -> tuple[Change, ...]:
+    """The tokens whose probability changed most."""
+    best = (after_V - before_V).abs().topk(min(CHANGED, len(after_V))).indices.tolist()
+    return tuple(
+        Change(t, f"#{t}" if vocabulary is None else _token_text(vocabulary, t), float(before_V[t]), float(after_V[t]))
+        for t in best
+    )
+
+
 def _ids_of(sae: SAE, lm: LanguageModel, prompt: str, new_tokens: int) -> list[int]:
     special = lm.tokenizer_entry()
     if special is None:
@@ -309,10 +387,7 @@ def _runs(sae, lm, feature, mode, unit, ids, doses, new_tokens, seeds, temperatu
         target = row_T[0, 1:].to(plain.device)
         surprise = -plain[:-1].gather(-1, target[:, None])[prompt_length - 1 :, 0]
         before, after = (t[prompt_length - 1].exp() for t in (plain, other))
-        changes = []
-        if not baseline:
-            best = (after - before).abs().topk(min(CHANGED, len(after))).indices.tolist()
-            changes = [Change(t, _token_text(vocabulary, t), float(before[t]), float(after[t])) for t in best]
+        changes = () if baseline else _changes(before, after, vocabulary)
         tokens = tuple(row_T[0, prompt_length:].tolist())
         found.append(
             Run(
@@ -323,7 +398,7 @@ def _runs(sae, lm, feature, mode, unit, ids, doses, new_tokens, seeds, temperatu
                 _text(lm, tokens),
                 max(kl, 0.0),
                 float(surprise.mean().exp()),
-                tuple(changes),
+                changes,
             )
         )
     return found

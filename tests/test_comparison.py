@@ -160,7 +160,7 @@ def test_blocks_change_nothing(monkeypatch):
         )
 
 
-def test_two_seeds_and_the_codes_of_a_pair(tiny_model, tiny_text, tmp_path):
+def test_two_seeds_and_the_codes_of_a_pair(tiny_model, tiny_text, tmp_path, capsys):
     site = "blocks.0.hook_resid_post"
     store = sk.collect(tiny_model, site=site, text=tiny_text, out=tmp_path / "acts", context=64)
     saes = [
@@ -181,3 +181,18 @@ def test_two_seeds_and_the_codes_of_a_pair(tiny_model, tiny_text, tmp_path):
     assert agreement(a, a, i, i) == pytest.approx(1, abs=1e-6)
     dead = next((f for f in range(128) if a.feature(f).n == 0), None)
     assert dead is None or agreement(a, b, dead, j) is None
+    # one line on the command line, or JSON; the file that a matching leaves is all of it
+    words = ["compare", str(saes[0].path), str(saes[1].path), "--features"]
+    assert cli.main(words) == 0 and capsys.readouterr().out == found.summary() + "\n"
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
+    found.save(tmp_path / "found.safetensors")
+    assert Matching.load(tmp_path / "found.safetensors").to_dict() == found.to_dict()
+    for extra, message in (
+        (["--csv"], "--features prints one line"),
+        (["--html", "x.html"], "without it --html and --csv"),
+    ):
+        assert cli.main([*words, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(words[:2] + words[3:]) == 2
+    assert "--features matches two SAEs, 1 named" in capsys.readouterr().err

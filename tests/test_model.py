@@ -561,6 +561,7 @@ def test_unembedding_agrees_with_the_models_logits(models, ids_BT, name):
         logits_TV = 5 * torch.atanh(logits_TV / 5)
     else:
         assert note == ""
+    assert close(lm.unembedding([7, 299, 7]).W_U_VD, W_U_VD[[7, 299, 7]], 1e-5)
     norm = lm._decoder.get_submodule(lm._layout.norm)
     if isinstance(norm, nn.LayerNorm):
         sigma = (x_TD.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()

@@ -11,8 +11,8 @@ import torch
 import saekit as sk
 from saekit import cli
 from saekit.errors import SaekitError
-from saekit.feature_index.render_steering import steering_text
-from saekit.steering import Intervention, steer
+from saekit.feature_index.render_steering import ablation_html, steering_text
+from saekit.steering import Ablation, Change, Intervention, ablate_at, steer
 
 SITE = "blocks.0.hook_resid_post"
 PROMPT = "def add(a, b):\n    return"
@@ -221,3 +221,51 @@ def test_a_model_that_reads_what_follows_writes_no_text(sae, lm, feature, monkey
     monkeypatch.setitem(vars(lm), "causal", False)
     with pytest.raises(SaekitError, match="its attention is not causal, so it writes no text"):
         steer(sae, feature, PROMPT, model=lm)
+
+
+def test_ablating_one_token_by_hand(sae, lm):
+    """At one firing of the index: logits without and with x − c · d at that token alone, and nothing of what stands behind."""
+    index = sk.open_index(sae.path)
+    number = int(index.table(sort="-n", limit=1).features[0])
+    example = max((e for s in "+-" for e in index.feature(number).top(8, s)), key=lambda e: e.centre)
+    whole = index.window(example.position, None)
+    found = ablate_at(sae, number, whole.tokens, whole.centre, model=lm)
+    assert found.code == pytest.approx(example.value, rel=2e-3)
+    ids = torch.tensor([whole.tokens[: whole.centre + 1].tolist()])
+    x_D = lm.capture(ids, [SITE])[SITE][0, -1].float()
+
+    def without(x_RTD):
+        y = x_RTD.clone()
+        y[0, -1] = x_D - found.code * sae.W_dec[number]
+        return y
+
+    before, after = lm.logits(ids)[0, -1].softmax(-1), lm.replace(ids, SITE, without)[0, -1].softmax(-1)
+    assert found.kl == pytest.approx(float((before * (before / after).log()).sum()), rel=1e-3, abs=1e-7)
+    assert found.kl > 0
+    best = (after - before).abs().topk(5).indices.tolist()
+    assert [c.token for c in found.next_tokens] == best
+    for c in found.next_tokens:
+        assert (c.before, c.after) == pytest.approx((float(before[c.token]), float(after[c.token])), rel=1e-4)
+    # what follows is not read
+    assert ablate_at(sae, number, whole.tokens[: whole.centre + 1], model=lm) == found
+    # a feature that is silent there changes nothing
+    silent = next(j for j in range(len(index)) if j not in index.at(example.position).features)
+    assert (lambda a: (a.code, a.kl))(ablate_at(sae, silent, whole.tokens, whole.centre, model=lm)) == (0, 0)
+    with pytest.raises(SaekitError, match="token 999 does not exist"):
+        ablate_at(sae, number, whole.tokens, 999, model=lm)
+    with pytest.raises(SaekitError, match="feature 128 does not exist; this SAE has 0 to 127"):
+        ablate_at(sae, 128, whole.tokens, 0, model=lm)
+    if bos := (sae.config["context"] or {})["dropped_ids"]:
+        with pytest.raises(SaekitError, match="token 0 is one that the SAE was not trained on"):
+            ablate_at(sae, number, [bos[0]], model=lm)
+
+
+def test_an_ablation_is_drawn_and_says_where_the_index_was_made_otherwise(sae, lm, feature):
+    example = next(e for s in "+-" for e in sk.open_index(sae.path).feature(feature).top(1, s))
+    found = Ablation(feature, example.value, 0.25, (Change(3, "<b>", 0.5, 0.125),))
+    drawn = ablation_html(found, example, 10.0)
+    assert "KL 0.250 nats at the next token" in drawn and "&lt;b&gt;" in drawn and "in the index" not in drawn
+    assert "in the index its code is" in ablation_html(
+        dataclasses.replace(found, code=example.value * 1.2), example, 10.0
+    )
+    assert "so nothing changes" in ablation_html(dataclasses.replace(found, code=0.0, kl=0.0), example, 10.0)

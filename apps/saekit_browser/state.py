@@ -9,6 +9,7 @@ import functools
 import logging
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from saekit.browse import find_saes
 from saekit.config import LARGEST_SEED, SteerMode
 from saekit.errors import SaekitError
 from saekit.feature_index import FeatureIndex, open_index, render
+from saekit.feature_index.encoded import EncodedText
 
 VIEWS = Path(__file__).parent / "views"
 OVERVIEW, FEATURES, FEATURE, PROMPT, COMPARE, STEER, MAP, EVALUATE, DATA = (
@@ -145,11 +147,23 @@ def _open(path: str, stamp: str) -> FeatureIndex:
 @st.cache_resource(show_spinner=False, max_entries=4)
 def sae(path: str, stamp: str):
     from saekit.sae import SAE
+
+    know_variant()
+    return SAE.load(path)
+
+
+def know_variant():
+    """Before an SAE is loaded whose variant a file defines."""
     from saekit.variants.files import load_variant_file
 
     if (file := arguments().variant_file) is not None:
         load_variant_file(file)
-    return SAE.load(path)
+
+
+def command(verb: str, path: Path, *more: str) -> str:
+    """A line for a terminal."""
+    file = arguments().variant_file
+    return shlex.join(["saekit", verb, str(path), *more, *(["--variant-file", str(file)] if file else [])])
 
 
 @st.cache_resource(show_spinner=False, max_entries=1)
@@ -158,6 +172,42 @@ def model(name: str):
     from saekit.model import load_model
 
     return load_model(name, compute="fp32")
+
+
+def own_model(idx: FeatureIndex):
+    """The language model of an index. SaekitError if it cannot be had, or has other weights now."""
+    lm = model((idx.manifest.get("model") or {}).get("id") or "")
+    expected = idx.manifest["fingerprints"]["model"]
+    if expected and lm.weights_fingerprint != expected:
+        raise SaekitError(
+            f"the model {lm.id} has other weights than the one this index was made with; its codes would mean nothing"
+        )
+    return lm
+
+
+def own_sae(idx: FeatureIndex):
+    folder = idx.path.parent
+    return sae(str(folder.resolve()), stamp(folder))
+
+
+class Effects(NamedTuple):
+    """What a code of 1 of each feature adds to the logit of one token."""
+
+    per_code_F: np.ndarray
+    note: str
+    """What the number leaves out, in words; empty if nothing."""
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def effects(_idx: FeatureIndex, fingerprint: str, token: int) -> Effects:
+    W_U_VD, note = own_model(_idx).unembedding([token])
+    return Effects(_idx.effects_on(W_U_VD[0].detach().cpu().numpy()), note)
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def encoded(_idx: FeatureIndex, fingerprint: str, text: str) -> EncodedText:
+    """A text that was typed, through the language model."""
+    return _idx.encode(text, sae=own_sae(_idx), lm=own_model(_idx))
 
 
 def digest(*parts) -> str:
@@ -288,9 +338,12 @@ SORTS = (
 FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
 LABELLED = ("all", "labelled", "unlabelled")
 VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
-RANKS, HIDE = ("magnitude", "rarity"), ("dense", "start-of-sequence")
+RANKS, HIDE = ("magnitude", "rarity", "effect"), ("dense", "start-of-sequence")
+TIERS = ("all", "1", "2")
 COLOURS = ("density", "energy", "sign", "label")
 URL_CHARACTERS = 2_000
+TEXT_CHARACTERS = 20_000
+"""Of a text that is typed, at most."""
 
 CHOICES: dict[str, dict[str, Choice]] = {
     "features": {
@@ -324,11 +377,15 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "b": Choice("", lambda given: given[-1][:200]),
         "kind": _one_of("matched", "split", "merged", "first", "second"),
     },
+    "evaluate": {"tier": _one_of(*TIERS)},
     "prompt": {
         "text": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
         "feature": Choice(None, _number),
         "rank": _one_of(*RANKS),
         "hide": _some_of(*HIDE),
+        "beside": Choice("", lambda given: given[-1][:URL_CHARACTERS]),
+        "next": Choice("", lambda given: given[-1][:100]),
+        "document": Choice(None, _number),
     },
 }
 
@@ -358,13 +415,14 @@ def leave(page: str):
     st.session_state[f"written-{page}"] = wanted
 
 
-def say_if_missing(last: int):
-    """A feature number in the address that this SAE does not have."""
-    asked = st.query_params.get("feature")
+def say_if_missing(last: int, what: str = "feature", whose: str = "SAE"):
+    """A number in the address that is none, or above the last one."""
+    asked = st.query_params.get(what)
     number = None if asked is None else _number([asked])
     if asked is not None and (number is None or number > last):
         shown = asked[:40] if number is None else f"{number:,}"
-        st.warning(literal(f"feature {shown} does not exist; this SAE has 0 to {last:,}"), icon=":material/search_off:")
+        said = f"{what} {shown} does not exist; this {whose} has " + (f"0 to {last:,}" if last >= 0 else "none")
+        st.warning(literal(said), icon=":material/search_off:")
 
 
 def say_if_no_seed():
@@ -394,8 +452,9 @@ def _as_strings(page: str) -> dict[str, list[str]]:
         if value != CHOICES[page][key].default:
             many = value if isinstance(value, list | tuple) else [value]
             out[key] = [str(v).lower() if isinstance(v, bool) else str(v) for v in many]
-    if len(out.get("text", [""])[0]) > URL_CHARACTERS:
-        del out["text"]
+    for key in ("text", "beside"):
+        if len(out.get(key, [""])[0]) > URL_CHARACTERS:
+            del out[key]
     return out
 
 

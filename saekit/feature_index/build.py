@@ -37,6 +37,7 @@ from saekit.feature_index.format import (
     ABSENT,
     BINS,
     COLUMNS,
+    DIRECT,
     FORMAT,
     FORMAT_VERSION,
     PER_SLICE,
@@ -85,8 +86,6 @@ BY_TOKEN_BYTES = 8 << 30
 RAM = 1 << 30
 LEAST_CAP = 100
 """Firings that samples of ten slices and twenty examples are drawn from."""
-# sites that add straight into the residual stream, where a decoder row times the unembedding means something
-DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
 class IndexBuilder:

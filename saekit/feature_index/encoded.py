@@ -1,7 +1,9 @@
-"""Codes at one position, and those of a text that was typed: the one place of the reader that runs the language model.
+"""Codes at one position, and those of a text: of one that was typed, which is the one place of the reader that runs the
+language model, or of a passage of the index.
 
     text = idx.encode("The cat sat")
     text.at(2), text.codes_of(123), text.strongest(20)
+    idx.passage(idx.document_positions(3))
 
 T tokens · D model width.
 """
@@ -27,7 +29,7 @@ class Firings(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Codes of a text that was typed. T tokens; rows of firings lie between `start[t]` and `start[t + 1]`."""
+    """Codes of a text. T tokens; rows of firings lie between `start[t]` and `start[t + 1]`."""
 
     tokens: np.ndarray
     pieces: tuple[bytes, ...]
@@ -61,6 +63,12 @@ class EncodedText:
         """Features that fire on each token (T)."""
         return np.diff(self.start)
 
+    @property
+    def error_share(self) -> np.ndarray:
+        """‖x − x̂‖² / ‖x‖² of each token, 0 where no code was computed (T) float32."""
+        share = self.error / np.maximum(self.norm_x.astype(np.float32) ** 2, 1e-30)
+        return np.where(self.encoded, share, 0).astype(np.float32)
+
     def strongest(self, limit: int = 20, *, hide_dense: "FeatureIndex | None" = None) -> Firings:
         """Features by their largest magnitude anywhere in the text, with that code."""
         order = np.lexsort((self.features, -np.abs(self.values)))
@@ -72,6 +80,38 @@ class EncodedText:
         features, values = features[keep], values[keep]
         best = np.lexsort((features, -np.abs(values)))[:limit]
         return Firings(features[best], values[best])
+
+
+def stored_text(index: "FeatureIndex", positions: np.ndarray) -> EncodedText:
+    """Codes of a passage of the index, at the given positions in their order. Needs `by_token`, and no model."""
+    positions = np.asarray(positions, np.int64)
+    if not len(positions):
+        raise SaekitError("the passage holds no token")
+    if positions.min() < 0 or positions.max() >= index.n_tokens:
+        raise SaekitError(f"a position does not exist; this index has 0 to {index.n_tokens - 1:,}")
+    if not index.has_by_token:
+        raise SaekitError(f"an index without by_token; run  saekit index {index.path.parent}")
+    tokens, table, per_token = index.file("tokens"), index.file("by_token"), index.file("per_token")
+    begin, count = table["start"][positions], table["start"][positions + 1] - table["start"][positions]
+    ids, special = tokens["token"][positions].astype(np.int64), index.file("vocab")["special"]
+    return EncodedText(
+        tokens=ids,
+        pieces=index.pieces(ids),
+        special=special[np.minimum(ids, len(special) - 1)],
+        encoded=tokens["encoded"][positions],
+        start=np.concatenate([[0], np.cumsum(count)]),
+        features=gather(table["feature"], begin, count).astype(np.int64),
+        values=gather(table["value"], begin, count).astype(np.float32) * np.float32(index.scale),
+        norm_x=per_token["norm_x"][positions],
+        error=per_token["error"][positions],
+    )
+
+
+def gather(array: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """array[begin[i] : begin[i] + length[i]] for all i, joined."""
+    total = int(length.sum())
+    shift = np.repeat(begin - (np.cumsum(length) - length), length)
+    return array[np.arange(total) + shift]
 
 
 def encode_text(index: "FeatureIndex", text: str, *, sae=None, lm=None) -> EncodedText:

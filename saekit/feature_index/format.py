@@ -19,6 +19,8 @@ TOKENS = 16
 """Commonest tokens kept of each feature."""
 LOGITS, NEIGHBOURS = 20, 20
 """Tokens kept at each end of the logit weights, and nearest features of each kind."""
+DIRECT = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+"""Sites that add straight into the residual stream, where a decoder row times the unembedding means something."""
 QUANTILES = (5, 25, 50, 75, 95, 99)
 """Per cent; columns q05 to q99."""
 COLUMNS = (

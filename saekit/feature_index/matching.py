@@ -7,12 +7,15 @@ F features of the first SAE · G of the second · D model width
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saekit.errors import SaekitError
+from saekit.progress import Progress
+from saekit.store.format import map_tensors, write_tensors
 
 if TYPE_CHECKING:
     from saekit.feature_index.reader import FeatureIndex
@@ -66,6 +69,24 @@ class Matching:
         """Features of the second that nothing in the first resembles, least similar first."""
         return _alone(self.similarity_G)
 
+    def save(self, path: Path):
+        """One safetensors file, without the SAEs' names."""
+        write_tensors(path, {f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Matching":
+        return cls(**map_tensors(path))
+
+    def to_dict(self) -> dict:
+        """As JSON can hold it."""
+        return {
+            "matched": [[i, j, float(self.similarity_F[i])] for i, j in self.matched.tolist()],
+            "split": self.split,
+            "merged": self.merged,
+            "only_first": self.only_first.tolist(),
+            "only_second": self.only_second.tolist(),
+        }
+
     def summary(self) -> str:
         """One line."""
         F, G = len(self.nearest_F), len(self.nearest_G)
@@ -101,15 +122,17 @@ def match(first: "FeatureIndex", second: "FeatureIndex") -> Matching:
     best_F, best_G = np.full(len(A_FD), -np.inf, np.float32), np.full(len(B_GD), -np.inf, np.float32)
     near_F, near_G = np.zeros(len(A_FD), np.int64), np.zeros(len(B_GD), np.int64)
     rows = max(1, BLOCK // max(1, len(B_GD)))
-    for lo in range(0, len(A_FD), rows):
-        S = A_FD[lo : lo + rows] @ B_GD.T
-        S = np.abs(S) if signed else S
-        near_F[lo : lo + rows] = S.argmax(1)
-        best_F[lo : lo + rows] = S.max(1)
-        column = S.argmax(0)
-        value = S[column, np.arange(len(B_GD))]
-        better = value > best_G
-        near_G[better], best_G[better] = column[better] + lo, value[better]
+    with Progress("match", len(A_FD), "features") as progress:
+        for lo in range(0, len(A_FD), rows):
+            S = A_FD[lo : lo + rows] @ B_GD.T
+            S = np.abs(S) if signed else S
+            near_F[lo : lo + rows] = S.argmax(1)
+            best_F[lo : lo + rows] = S.max(1)
+            column = S.argmax(0)
+            value = S[column, np.arange(len(B_GD))]
+            better = value > best_G
+            near_G[better], best_G[better] = column[better] + lo, value[better]
+            progress.advance(len(S))
     return Matching(near_F, best_F.clip(max=1), near_G, best_G.clip(max=1))
 
 

@@ -25,14 +25,15 @@ import numpy as np
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render, search
-from saekit.feature_index.encoded import EncodedText, Firings, encode_text
+from saekit.feature_index.encoded import EncodedText, Firings, encode_text, gather, stored_text
 from saekit.feature_index.feature import Example, Feature
-from saekit.feature_index.format import ABSENT, FLAGS, FORMAT, FORMAT_VERSION
+from saekit.feature_index.format import ABSENT, DIRECT, FLAGS, FORMAT, FORMAT_VERSION
 from saekit.feature_index.labels import Labels
 from saekit.feature_index.matching import Matching, match
 from saekit.feature_index.search import Hit
 from saekit.feature_index.table import DEFAULT_COLUMNS, FeatureTable
-from saekit.store.format import map_tensors
+from saekit.progress import Progress
+from saekit.store.format import map_tensors, sha256_file
 
 DENSITIES = {"density": "n", "density_pos": "n_pos", "density_neg": "n_neg"}
 """Columns that are a count of firings over the encoded tokens."""
@@ -200,6 +201,32 @@ class FeatureIndex:
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
+    @functools.cached_property
+    def n_documents(self) -> int:
+        """Documents are numbered below this; 0 where none is recorded."""
+        return int(self.file("tokens")["run_doc"].max(initial=-1)) + 1
+
+    def document_positions(self, number: int) -> np.ndarray:
+        """Positions of the tokens of a document, increasing (int64); empty for one that was not indexed."""
+        if not 0 <= number < self.n_documents:
+            raise SaekitError(f"document {number:,} does not exist; this index has 0 to {self.n_documents - 1:,}")
+        table = self.file("tokens")
+        runs = np.flatnonzero(table["run_doc"] == number)
+        ends = np.append(table["run_start"][1:], self.n_tokens)
+        return np.concatenate([np.arange(table["run_start"][r], ends[r]) for r in runs] or [np.zeros(0, np.int64)])
+
+    def token_named(self, text: str) -> int:
+        """Id of the token that is this text, else of the one with a space before it; `#17` is token 17. SaekitError if there
+        is none."""
+        table = self.vocabulary
+        number = text[1:] if text[:1] == "#" and text[1:].isascii() and text[1:].isdigit() else ""
+        if number and len(number) < 12 and int(number) < len(table):
+            return int(number)
+        for piece in (text.encode(), b" " + text.encode()):
+            if self.has_text and piece in table:
+                return table.index(piece)
+        raise SaekitError(f"{text!r} is no single token of this vocabulary")
+
     def document_of(self, position: int) -> tuple[int, str]:
         """Number and name of the document at a position; (-1, "") where none is recorded."""
         table = self.file("tokens")
@@ -292,7 +319,7 @@ class FeatureIndex:
             counts = np.zeros(len(self), np.int64)
             for part in np.array_split(positions, max(1, len(positions) // 500_000)):
                 begin, end = table["start"][part], table["start"][part + 1]
-                counts += np.bincount(_gather(table["feature"], begin, end - begin), minlength=len(self))
+                counts += np.bincount(gather(table["feature"], begin, end - begin), minlength=len(self))
             return counts
         wanted = np.zeros(self.n_tokens, bool)
         wanted[positions] = True
@@ -435,6 +462,23 @@ class FeatureIndex:
         """
         return encode_text(self, text, sae=sae, lm=lm)
 
+    def passage(self, positions: np.ndarray) -> EncodedText:
+        """Codes of a passage of the index, such as a sequence or a document. Needs `by_token`, and no model."""
+        return stored_text(self, positions)
+
+    def effects_on(self, W_U_D: np.ndarray) -> np.ndarray:
+        """What a code of 1 of each feature adds to the logit of one token [F] float32: decoder row times the token's row of
+        `LanguageModel.unembedding`, so before the final norm's division and a soft cap.
+
+        SaekitError for a site that does not write into the residual stream directly.
+        """
+        W_dec_FD = self.decoder()
+        if not str(self.site).endswith(DIRECT) or W_dec_FD.shape[1] != len(W_U_D):
+            raise SaekitError(
+                f"no direct effect on a logit: {self.site} does not write into the residual stream directly"
+            )
+        return W_dec_FD @ np.asarray(W_U_D, np.float32)
+
     def compare(self, other: "FeatureIndex") -> Matching:
         """Which features of this SAE are which of another of the same width, by their decoder rows."""
         return match(self, other)
@@ -442,15 +486,13 @@ class FeatureIndex:
     def check(self) -> list[str]:
         """Problems found by reading everything: sha256 of each file, order and counts of the codes; empty if all is well."""
         problems = []
-        for name, entry in self.manifest["files"].items():
-            digest = sha256()
-            with open(self.path / name, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            if digest.hexdigest() != entry["sha256"]:
-                problems.append(
-                    f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}"
-                )
+        files = self.manifest["files"]
+        with Progress("check", sum(entry["bytes"] for entry in files.values()) >> 20, "MiB") as progress:
+            for name, entry in files.items():
+                if sha256_file(self.path / name, lambda count: progress.advance(count >> 20)) != entry["sha256"]:
+                    problems.append(
+                        f"{self.path / name} is damaged (sha256 differs); rebuild:  saekit index {self.path.parent}"
+                    )
         if problems:
             return problems
         codes, n = self.file("codes"), self.column("n")
@@ -483,10 +525,3 @@ class FeatureIndex:
         if l0.max(initial=0) < np.iinfo(l0.dtype).max and int(l0.sum(dtype=np.int64)) != self.manifest["Z"]:
             problems.append(f"{self.path}/per_token.safetensors: l0 does not sum to Z")
         return problems
-
-
-def _gather(array: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """array[begin[i] : begin[i] + length[i]] for all i, joined."""
-    total = int(length.sum())
-    shift = np.repeat(begin - (np.cumsum(length) - length), length)
-    return array[np.arange(total) + shift]

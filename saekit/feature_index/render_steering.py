@@ -5,6 +5,7 @@ fragment(steering_html(found))              # notebook and browser
 """
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saekit.feature_index.render import (
@@ -12,15 +13,19 @@ from saekit.feature_index.render import (
     _plain,
     _quoted,
     _shown,
+    code,
     escape,
+    example_html,
     number,
     percent,
 )
 
 if TYPE_CHECKING:
-    from saekit.steering import Change, Run, Steering
+    from saekit.steering import Ablation, Change, Run, Steering
 
 WIDTH = 96
+STORED_AND_NOW = 0.05
+"""A code that was stored from an activation in bf16 may differ by so much from the one that is computed now."""
 DOES = {
     "add": "adds dose · {unit} of the feature's direction",
     "set": "clamps the feature's code to dose · {unit}",
@@ -69,13 +74,33 @@ def steering_text(found: "Steering", ansi: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _changes_html(changes: "Sequence[Change]") -> str:
+    if not changes:
+        return ""
+    top = max(max(c.before, c.after) for c in changes)
+    rows = _bar_rows([(c.text, c.after, [percent(c.before), percent(c.after)]) for c in changes], top)
+    return f"<table><tr><th>next token</th><th></th><th>before</th><th>after</th></tr>{rows}</table>"
+
+
+def ablation_html(found: "Ablation", example, scale: float) -> str:
+    """An example of the index, and what the model's next token behind it loses with the feature: inner markup for
+    `fragment`."""
+    if found.code == 0:
+        said = "The feature is silent there when the model reads it now, so nothing changes."
+    else:
+        said = f"code {code(found.code, scale)} taken away · KL {number(found.kl)} nats at the next token"
+    drawn = example_html(example, scale)
+    stored, apart = example.value, abs(found.code - example.value)
+    if apart > STORED_AND_NOW * max(abs(stored), abs(found.code)):
+        said += (
+            f" · in the index its code is {code(stored, scale)}: the model was run otherwise when the store was made"
+        )
+    changes = _changes_html(found.next_tokens) if found.code else ""
+    return f'<div>{drawn}<p class="q">{escape(said)}</p>{changes}</div>'
+
+
 def _run_html(found: "Steering", run: "Run") -> str:
-    table = ""
-    if run.next_tokens:
-        top = max(max(c.before, c.after) for c in run.next_tokens)
-        rows = _bar_rows([(c.text, c.after, [percent(c.before), percent(c.after)]) for c in run.next_tokens], top)
-        head = "<tr><th>next token</th><th></th><th>before</th><th>after</th></tr>"
-        table = f"<table>{head}{rows}</table>"
+    table = _changes_html(run.next_tokens)
     return (
         f'<div><h3>{escape(_name(found, run))}</h3><p class="q">{escape(cost(run))}</p>'
         f'<div class="t"><span class="q">{_plain(found.prompt, True)}</span>{_plain(run.text, True)}</div>{table}</div>'

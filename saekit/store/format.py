@@ -87,9 +87,15 @@ def fingerprint(manifest: Mapping) -> str:
     )
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, read: Callable[[int], object] | None = None) -> str:
+    """Checksum of a file; `read` is told the bytes of each block."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 23):
+            digest.update(block)
+            if read is not None:
+                read(len(block))
+    return digest.hexdigest()
 
 
 def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:

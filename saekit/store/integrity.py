@@ -70,25 +70,31 @@ def find_problems(path: str | Path, quick: bool = False) -> list[Problem]:
     if fingerprint(manifest) != manifest["fingerprint"]:
         found(f"{folder / MANIFEST} was changed (its fingerprint differs); restore it or collect again", MANIFEST)
     with Progress("check", sum(f["bytes"] for f in files_of(manifest).values()) >> 20, "MiB") as progress:
+
+        def read(count: int):
+            progress.advance(count >> 20)
+
         for name, record in files_of(manifest).items():
             problem = size_problem(folder, name, record["bytes"])
-            if problem is None and not quick and sha256_file(folder / name) != record["sha256"]:
+            if problem is None and not quick and sha256_file(folder / name, read) != record["sha256"]:
                 problem = f"{_human_name(name)} is damaged (sha256 differs); {remedy(folder, name)}"
             if problem:
                 found(problem, name)
-            progress.advance(record["bytes"] >> 20)
     # A file that is known to be damaged is not looked into: it would be named twice.
     sites = manifest["sites"]
-    for i, shard in enumerate(manifest["shards"]):
-        for site in sites:
-            name = shard_name(site, i)
-            if name not in shard["files"]:
-                found(f"{folder / MANIFEST} does not list {name}; restore it or collect again", MANIFEST)
-                damaged.add(name)
-            elif name not in damaged:
-                problem = _shard_problem(folder / name, sites[site], shard["rows"], DTYPES[manifest["dtype"]], quick)
-                if problem:
-                    found(f"{name}: {problem}; {remedy(folder, name)}", name)
+    with Progress("values", len(sites) * manifest["rows"], "rows") as progress:
+        for i, shard in enumerate(manifest["shards"]):
+            for site in sites:
+                name = shard_name(site, i)
+                if name not in shard["files"]:
+                    found(f"{folder / MANIFEST} does not list {name}; restore it or collect again", MANIFEST)
+                    damaged.add(name)
+                elif name not in damaged:
+                    tag = DTYPES[manifest["dtype"]]
+                    problem = _shard_problem(folder / name, sites[site], shard["rows"], tag, quick)
+                    if problem:
+                        found(f"{name}: {problem}; {remedy(folder, name)}", name)
+                progress.advance(shard["rows"])
     if TOKENS not in damaged:
         for problem in _token_problems(folder, manifest, quick):
             found(f"{TOKENS}: {problem}; {remedy(folder, TOKENS)}", TOKENS)

@@ -228,6 +228,21 @@ def saes(tmp_path_factory, language_model):
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory, language_model):
+    """An SAE that was trained and indexed on a store beside it, without an evaluation."""
+    import saekit as sk
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "text.txt").write_text("\n".join(d.text for d in documents(60_000)), encoding="utf-8")
+    store = sk.collect(
+        str(language_model), site=SITE, text=str(root / "text.txt"), out=root / "acts", context=CONTEXT, compute="fp32"
+    )
+    sae = sk.train(sk.VARIANTS["topk"](k=8, d_sae=256), store, out=root / "sae", epochs=1, batch=512)
+    sk.build_index(sae, store)
+    return root / "sae"
+
+
+@pytest.fixture(scope="session")
 def chromium():
     """One context for all tests, so that Streamlit's scripts are fetched once; each page is a session of its own."""
     if CHROMIUM is None:

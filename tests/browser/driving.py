@@ -27,6 +27,9 @@ def start(path: Path, home: Path) -> tuple[subprocess.Popen, str]:
     port = free_port()
     line = command(path, host="127.0.0.1", port=port, model=True)
     environment = {"HOME": str(home), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    if "PYTHONPATH" in os.environ:
+        # a checkout that is not the installed one
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     log = open(home.parent / "server.log", "wb")
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -1,7 +1,9 @@
 """The browser in a real Chromium against a real server: what a person sees, clicks and types."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from driving import (
     visiting,
     wait_for,
 )
+
+import saekit as sk
 
 pytestmark = pytest.mark.browser
 
@@ -141,6 +145,107 @@ def test_compare_map_and_data(visit):
     page.get_by_text("are what their manifests say").wait_for(timeout=30_000)
     settle(page)
     picture(page, "data-dark")
+
+
+def test_a_job_with_progress_and_cancel(saes, chromium, tmp_path):
+    """The page refreshes itself while the job runs; a reload finds it; cancel ends it, and what it left stays."""
+    root = tmp_path / "saes"
+    shutil.copytree(saes / "plain", root / "plain", ignore=shutil.ignore_patterns("labels*", "jobs"))
+    # a file of 256 GiB that takes no space on the disk, and minutes to read
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    size = 1 << 38
+    manifest.write_text(
+        json.dumps({**content, "files": {**content["files"], "map.safetensors": {"bytes": size, "sha256": ""}}})
+    )
+    with open(root / "plain" / "index" / "map.safetensors", "wb") as file:
+        file.truncate(size)
+    with serving(root, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit("/data")
+        page.get_by_role("button", name="Check every file").click()
+        said = page.get_by_text(re.compile(r"check [\d,]+ of 262,\d+ MiB · .* left"))
+        said.wait_for(timeout=30_000)
+        # it goes on by itself
+        before = said.inner_text()
+        page.wait_for_function("before => !document.body.innerText.includes(before)", arg=before, timeout=20_000)
+        picture(page, "job")
+        page.reload()
+        settle(page)
+        said.wait_for(timeout=20_000)
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_text(re.compile("Check every file: cancelled after")).wait_for(timeout=20_000)
+        # nothing is asked of the server any more
+        page.wait_for_timeout(500)
+        shows(page.get_by_role("button", name="Check every file"))
+        assert page.get_by_role("button", name="Cancel").count() == 0
+        picture(page, "job-cancelled")
+    assert not (root / "plain" / "jobs" / "check.json").exists()
+
+
+def test_measuring(trained, chromium, tmp_path):
+    """Page Evaluate measures, and shows what it measured without being asked again; a link shows one tier."""
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    with serving(folder, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit("/evaluate")
+        shows(page.get_by_text("has no evaluation yet", exact=False))
+        page.get_by_role("button", name="Measure").click()
+        page.get_by_role("heading", name="The language model with the SAE in place (tier 2)").wait_for(timeout=90_000)
+        settle(page)
+        assert page.get_by_text("has no evaluation yet", exact=False).count() == 0
+        picture(page, "evaluate")
+        page = visit("/evaluate?tier=1", theme="dark")
+        shows(page.get_by_role("heading", name="Held-out activations (tier 1)"))
+        assert page.get_by_role("heading", name="(tier 2)").count() == 0
+        picture(page, "evaluate-dark")
+
+
+def test_ablate_and_a_text_of_ones_own(trained, chromium, tmp_path):
+    """On page Feature: an example without the feature, a text that stays while J goes on."""
+    number_of = int(sk.open_index(trained).table(sort="-n", limit=1).features[0])
+    with serving(trained, tmp_path) as server, visiting(server, chromium) as visit:
+        page = visit(f"/feature?feature={number_of}")
+        page.get_by_text("Ablated on an example").click()
+        page.get_by_role("button", name="Ablate", exact=True).click()
+        page.get_by_text(re.compile(r"taken away · KL .* nats at the next token")).wait_for(timeout=60_000)
+        assert page.get_by_role("columnheader", name="next token").count() == 1
+        page.get_by_text("On a text of yours").click()
+        page.get_by_role("textbox", name="A text").fill("def add(self, a):\n    return self.total + a\n")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text(re.compile(r"fires on \d+ of \d+ tokens")).wait_for(timeout=60_000)
+        settle(page)
+        picture(page, "ablate")
+        page.get_by_role("heading").first.click()
+        press(page, "j")
+        assert number(page) != number_of
+        holds(page.get_by_role("textbox", name="A text"), "def add(self, a):\n    return self.total + a\n")
+        page.get_by_text(re.compile(r"fires on \d+ of \d+ tokens")).wait_for(timeout=60_000)
+        page.emulate_media(color_scheme="dark")
+        settle(page)
+        page.get_by_text("Ablated on an example").scroll_into_view_if_needed()
+        picture(page, "ablate-dark")
+
+
+def test_two_texts_and_the_effect_on_a_next_token(visit):
+    """A token of the second text is clicked: the ranking is its own, by the effect on the token that follows."""
+    page = visit("/prompt?sae=plain&rank=effect&text=def%20add(self)%3A&beside=import%20os%2C%20sys")
+    page.get_by_text("Where the strongest fire").first.wait_for(timeout=60_000)
+    settle(page)
+    shows(page.get_by_text("Name a next token, or click a token"))
+    views = page.locator("#tokens")
+    assert views.count() == 2
+    views.nth(1).locator("span").nth(1).click()
+    page.get_by_text(re.compile(r"on the logit of .* \(token [\d,]+\)")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile("On token 1, import")).wait_for(timeout=20_000)
+    settle(page)
+    assert views.nth(1).locator(".chosen").count() == 1 and views.nth(0).locator(".chosen").count() == 0
+    page.get_by_text("Error per token").first.click()
+    settle(page)
+    picture(page, "prompt-two")
+    assert parameters(page)["rank"] == "effect" and parameters(page)["beside"] == "import os, sys"
+    other = visit("/prompt?sae=plain&document=2", theme="dark")
+    shows(other.get_by_text(re.compile(r"tokens in the index")))
+    holds(other.get_by_role("spinbutton", name="Document"), "2")
+    picture(other, "prompt-document-dark")
 
 
 def test_dark(visit):

@@ -1,14 +1,19 @@
 """Every page in every state, without a browser: the right sentence is shown and nothing raises."""
 
 import json
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from saekit_browser import state
+from saekit_browser import jobs, state
 from streamlit.testing.v1 import AppTest
 
+from saekit.feature_index import FeatureIndex, open_index, render
+from saekit.progress import Progress
+from saekit.store.format import take_lock
 from saekit.variants import VARIANTS
 
 MAIN = Path(state.__file__).parent / "main.py"
@@ -46,8 +51,27 @@ def words(elements) -> str:
     return " | ".join(e.value.replace("\\", "") for e in elements)
 
 
+def pressed(app: AppTest, label: str) -> AppTest:
+    app = next(b for b in app.button if b.label == label).click().run()
+    assert not app.exception
+    return app
+
+
+def done(app: AppTest, cancel: bool = False) -> AppTest:
+    """The page once its job has ended."""
+    for _ in range(600):
+        button = next((b for b in app.button if b.label == "Cancel"), None)
+        if button is None:
+            return app
+        if cancel and not button.disabled:
+            button.click()
+        time.sleep(0.05)
+        app.run()
+    raise AssertionError("the job does not end")
+
+
 def copied(saes: Path, root: Path) -> Path:
-    shutil.copytree(saes / "plain", root / "saes" / "plain", ignore=shutil.ignore_patterns("labels*"))
+    shutil.copytree(saes / "plain", root / "saes" / "plain", ignore=shutil.ignore_patterns("labels*", "jobs"))
     return root / "saes"
 
 
@@ -158,15 +182,130 @@ def test_data(browse, saes, tmp_path):
     assert config["fingerprint"] in shown and config["site"] in shown and "256 features" in shown
     files = dict(zip(app.dataframe[0].value["file"], app.dataframe[0].value["bytes"], strict=True))
     assert files["sae.safetensors"] == (root / "plain" / "sae.safetensors").stat().st_size
-    check = next(b for b in app.button if b.label == "Check every file")
-    app = check.click().run()
-    assert "are what their manifests say" in words(app.success)
+    line = f"saekit check {root / 'plain'}"
+    assert any(c.value == f"{line}\n{line}/index" for c in app.code)
+    app = done(pressed(app, "Check every file"))
+    assert "SAE, evaluation and index are what their manifests say" in words(app.success)
+    # the result is a file, so another server finds it
+    left = json.loads((root / "plain" / "jobs" / "check.json").read_text())
+    assert left["problems"] == [] and left["checked"] == ["SAE", "evaluation", "index"]
+    state.st.cache_resource.clear()
+    assert "are what their manifests say, on 2" in words(browse(root, "data").success)
     weights = root / "plain" / "sae.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(blob)
-    app = next(b for b in app.button if b.label == "Check every file").click().run()
+    app = done(pressed(browse(root, "data"), "Check every file"))
     assert "damaged" in words(app.error) and not app.success
+
+
+def slow_check(self):
+    """Reads one piece after the other, and has no end of its own within a test."""
+    with Progress("check", 2000, "pieces") as progress:
+        for _ in range(2000):
+            time.sleep(0.05)
+            progress.advance(1)
+    return ["the end was reached"]
+
+
+def test_a_job_shows_how_far_it_is_and_is_cancelled(browse, saes, tmp_path, monkeypatch):
+    root = copied(saes, tmp_path)
+    monkeypatch.setattr(FeatureIndex, "check", slow_check)
+    app = pressed(browse(root, "data"), "Check every file")
+    deadline = time.monotonic() + 20
+    while "2,000 pieces" not in (text := app.get("progress")[0].proto.text.replace("\\", "")) or "left" not in text:
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+        app.run()
+    assert re.match(r"Check every file · check \d+ of 2,000 pieces · .* left", text)
+    # another tab and another page see the same job, and can start none of their own
+    other = browse(root, "evaluate")
+    assert other.get("progress") and not any(b.label == "Measure" for b in other.button)
+    app = done(app, cancel=True)
+    assert "Check every file: cancelled after" in words(app.warning) and not app.success and not app.error
+    assert not (root / "plain" / "jobs" / "check.json").exists()
+    # the lock is free again
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", [str(MAIN), str(root)])
+    assert "are what their manifests say" in words(done(pressed(app, "Check every file")).success)
+
+
+def test_a_job_that_fails(browse, saes, tmp_path, monkeypatch):
+    root = copied(saes, tmp_path)
+
+    def fails(self):
+        raise ValueError("<b>boom</b>")
+
+    monkeypatch.setattr(FeatureIndex, "check", fails)
+    app = done(pressed(browse(root, "data"), "Check every file"))
+    assert re.search(r"Check every file failed; error [0-9a-f]{4} in the output", words(app.warning))
+    assert "boom" not in words(app.warning)
+
+
+def test_one_job_per_sae_in_all_processes(browse, saes, tmp_path):
+    root = copied(saes, tmp_path)
+    jobs_of = root / "plain" / "jobs"
+    jobs_of.mkdir()
+    with take_lock(jobs_of / ".lock", root):
+        app = pressed(browse(root, "data"), "Check every file")
+        assert "is being worked on by process" in words(app.error) and not app.get("progress")
+    shutil.rmtree(jobs_of)
+    jobs_of.write_text("in the way")
+    assert "run the command in a terminal" in words(pressed(browse(root, "data"), "Check every file").error)
+
+
+def test_measuring(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    app = browse(folder, "evaluate", tier="1")
+    assert "has no evaluation yet" in words(app.error)
+    assert any(c.value == f"saekit evaluate {folder} --tiers 1" for c in app.code)
+    app = done(pressed(app, "Measure"))
+    assert not app.error
+    stored = json.loads((folder / "evaluation.json").read_text())
+    assert set(stored["tiers"]) == {"1"} and "Last measured here on" in words(app.caption)
+    app.segmented_control(key="tier").set_value("all").run()
+    assert "tier" not in app.query_params
+    app = done(pressed(app, "Measure"))
+    assert [s.value for s in app.subheader][:2] == [
+        "Held-out activations (tier 1)",
+        "The language model with the SAE in place (tier 2)",
+    ]
+    # a link shows one tier; without the model the other is refused, with the reason
+    app = browse(folder, "evaluate", "--no-model", tier="2")
+    assert app.subheader[0].value == "The language model with the SAE in place (tier 2)"
+    assert next(b for b in app.button if b.label == "Measure").disabled and "--no-model" in words(app.caption)
+    app = browse(folder, "evaluate", tier="7")
+    assert app.segmented_control(key="tier").value == "all" and not app.error
+
+
+def test_measuring_without_a_store(browse, saes, tmp_path):
+    app = done(pressed(browse(copied(saes, tmp_path), "evaluate"), "Measure"))
+    assert "does not say which store it was trained on" in words(app.warning)
+
+
+def test_the_store_is_checked_where_it_is_at_hand(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    app = done(pressed(browse(folder, "data"), "Check every file"))
+    assert "SAE, evaluation, index and store are what" in words(app.success)
+    assert any(c.value.endswith(f"saekit check {trained.parent / 'acts'}") for c in app.code)
+
+
+def test_large_saes_are_matched_once(browse, saes, tmp_path, monkeypatch):
+    root = shutil.copytree(saes, tmp_path / "saes", ignore=shutil.ignore_patterns("labels*", "jobs", "store"))
+    monkeypatch.setattr(jobs, "LARGE", 0)
+    app = browse(root, "compare", a="plain", b="signed", kind="second")
+    assert not app.dataframe and "256 by 256 cosines of 64 numbers" in words(app.caption)
+    line = f"saekit compare {root / 'plain'} {root / 'signed'} --features"
+    assert any(c.value == line for c in app.code)
+    app = done(pressed(app, "Match the features"))
+    kept = app.dataframe[0].value
+    # the same as at once, and there after a reload
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", [str(MAIN), str(root)])
+    assert kept.equals(browse(root, "compare", a="plain", b="signed", kind="second").dataframe[0].value)
+    monkeypatch.setattr(jobs, "LARGE", 0)
+    app = browse(root, "compare", a="plain", b="signed", kind="second")
+    assert kept.equals(app.dataframe[0].value) and not any(b.label == "Match the features" for b in app.button)
 
 
 def test_features_filter_and_order(browse, saes):
@@ -276,8 +415,6 @@ def test_label(browse, saes, tmp_path):
 
 
 def test_label_saved_meanwhile(browse, saes, tmp_path):
-    from saekit.feature_index import open_index
-
     root = copied(saes, tmp_path)
     app = browse(root, "feature", feature="3")
     open_index(root / "plain").feature(3).label = "theirs"
@@ -293,6 +430,60 @@ def test_labels_cannot_be_written(browse, saes, tmp_path):
     app.text_input(key="text-3-0").set_value("mine").run()
     assert "cannot be written" in words(app.toast) and not app.exception
     assert "Strongest" in html(app)
+
+
+def test_a_text_of_ones_own(browse, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    index = open_index(folder)
+    number = int(index.table(sort="-n", limit=1).features[0])
+    app = browse(folder, "feature", feature=str(number))
+    assert "loaded when the first text is read" in words(app.caption)
+    hostile = "def add(self, <b>a</b>):\n    return ![x](http://example.com/x.png)\n"
+    app.text_area(key="own_text").set_value(hostile).run()
+    text = index.encode(hostile)
+    fires = int((text.codes_of(number) != 0).sum())
+    assert fires and f"fires on {fires} of {int(text.encoded.sum())} tokens" in html(app)
+    assert "<b>a</b>" not in html(app) and not any("example.com" in m.value for m in app.markdown)
+    # the text stays while one goes through the features
+    app.number_input(key="feature").set_value(number + 1 if number + 1 < 256 else 0).run()
+    assert app.text_area(key="own_text").value == hostile and "tokens" in html(app)
+    app.text_area(key="own_text").set_value("x = 1\n" * 200).run()
+    assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
+
+
+def test_ablate_on_an_example(browse, trained, tmp_path):
+    from saekit.steering import ablate_at
+
+    folder = shutil.copytree(trained, tmp_path / "sae")
+    index = open_index(folder)
+    number = int(index.table(sort="-n", limit=1).features[0])
+    app = browse(folder, "feature", feature=str(number))
+    assert "taken away" not in html(app)
+    app = pressed(app, "Ablate")
+    whole = index.window(index.feature(number).top(1)[0].position, None)
+    found = ablate_at(folder, number, whole.tokens, whole.centre)
+    assert f"taken away · KL {render.number(found.kl)} nats" in html(app)
+    # stored in float16, and computed now from the same activation
+    assert found.code == pytest.approx(index.feature(number).top(1)[0].value, rel=2e-3)
+    assert "in the index its" not in html(app)
+    # another example waits for the button
+    app.number_input(key=f"rank-{number}-+").set_value(2).run()
+    assert "taken away" not in html(app)
+
+
+def test_the_panels_that_run_the_model_without_it(browse, saes, tmp_path):
+    app = browse(saes, "feature", "--no-model", sae="plain", feature="3")
+    line = f"saekit steer {saes / 'plain'} 3 --mode ablate --prompt TEXT"
+    assert line in words(app.caption) and not any(b.label == "Ablate" for b in app.button)
+    # a feature that never fires has no example
+    assert not any(b.label == "Ablate" for b in browse(saes, "feature", sae="plain", feature="19").button)
+    root = copied(saes, tmp_path)
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["fingerprints"]["model"] = "sha256:other"
+    manifest.write_text(json.dumps(content))
+    app = pressed(browse(root, "feature", feature="3"), "Ablate")
+    assert "has other weights than the one this index was made with" in words(app.error) and "Strongest" in html(app)
 
 
 def steered(app: AppTest) -> AppTest:
@@ -311,7 +502,6 @@ def test_steer(browse, saes, tmp_path):
     line = next(c.value for c in app.code)
     assert "steer" in line and "--dose -2 3.5" in line and "--seed 9007199254740991" in line
     # what it wrote is what the command writes
-    from saekit.feature_index import open_index, render
     from saekit.steering import steer
 
     same = steer(root / "plain", 3, "def f():", doses=(-2, 3.5), seeds=(2**53 - 1,))
@@ -407,6 +597,119 @@ def test_prompt(browse, saes):
     assert f"feature {best:,}" in html(app)
     app.text_area(key="text").set_value("x = 1\n" * 200).run()
     assert "the SAE was trained on contexts of 128; shorten it" in words(app.error)
+
+
+TEXT = "def add(self, a):\n    return self.total + a"
+
+
+def test_two_texts_beside_each_other(browse, saes):
+    app = browse(saes / "plain", "prompt", text=TEXT, beside="import os")
+    assert not app.error and app.toggle(key="two").value
+    assert app.text_area(key="beside").value == "import os"
+    rows = app.dataframe[0].value
+    index = open_index(saes / "plain")
+    for name, text in (("code", TEXT), ("beside", "import os")):
+        codes = index.encode(text)
+        for j, value in zip(rows["feature"], rows[name], strict=True):
+            c = codes.codes_of(j)
+            assert value == c[abs(c).argmax()]
+    largest = rows[["code", "beside"]].abs().max(axis=1)
+    assert largest.is_monotonic_decreasing and "Strongest anywhere in both texts" in words(app.caption)
+    # put away, it leaves the address
+    app.toggle(key="two").set_value(False).run()
+    assert "beside" not in app.query_params and "beside" not in app.dataframe[0].value
+    assert not app.exception and not app.error
+
+
+@pytest.mark.parametrize("named", ["self", " self", "#5"])
+def test_rank_by_effect_on_a_next_token(browse, saes, named):
+    import torch
+
+    from saekit.model import load_model
+    from saekit.sae import SAE
+
+    app = browse(saes / "plain", "prompt", text=TEXT, rank="effect", next=named)
+    assert not app.error and dict(app.query_params)["rank"] == "effect"
+    index, sae = open_index(saes / "plain"), SAE.load(saes / "plain")
+    pieces = index.vocabulary
+    token = 5 if named == "#5" else pieces.index(named.encode() if named.encode() in pieces else b" " + named.encode())
+    W_U_VD, _ = load_model(index.manifest["model"]["id"], compute="fp32").unembedding()
+    codes = index.encode(TEXT)
+    effects = (sae.W_dec @ W_U_VD[token]).detach()
+    wanted = {j: float(v * effects[j]) for j, v in zip(*codes.strongest(999), strict=True)}
+    rows = app.dataframe[0].value
+    best = sorted(wanted, key=lambda j: -abs(wanted[j]))[:16]
+    assert rows["feature"].tolist() == best
+    torch.testing.assert_close(torch.tensor(rows["effect"].tolist()), torch.tensor([wanted[j] for j in best]))
+    assert f"(token {token:,}): code × decoder row · unembedding" in html(app)
+
+
+def test_effect_before_a_soft_cap_says_so(browse, saes, tmp_path, language_model):
+    """A Llama whose configuration names a cap: the same weights, so the index is its own."""
+    root = copied(saes, tmp_path)
+    capped = shutil.copytree(language_model, tmp_path / "capped")
+    config = json.loads((capped / "config.json").read_text())
+    (capped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    manifest = root / "plain" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["model"]["id"] = str(capped)
+    manifest.write_text(json.dumps(content))
+    app = browse(root, "prompt", text=TEXT, rank="effect", next="self")
+    assert render.escape("before the model's soft cap of the logits at ±30") in html(app)
+
+
+def test_effect_where_there_is_none(browse, saes):
+    app = browse(saes, "prompt", "--no-model", sae="plain", rank="effect")
+    assert "The effect needs the language model" in words(app.caption) and "effect" not in app.dataframe[0].value
+    app = browse(saes, "prompt", sae="plain", rank="effect", text=TEXT)
+    assert "Name a next token, or click a token" in words(app.caption)
+    # the token that follows the clicked one
+    app.session_state["token"] = 1
+    app.run()
+    assert "on the logit of" in html(app) and "effect" in app.dataframe[0].value
+    app = browse(saes, "prompt", sae="plain", rank="effect", text=TEXT, next="no such token")
+    assert "'no such token' is no single token of this vocabulary" in words(app.warning)
+    assert app.dataframe[0].value["feature"].size and not app.error
+    app = browse(saes, "prompt", sae="plain", rank="nonsense", hide="nothing", next="x" * 500, text=TEXT)
+    assert not app.error and app.segmented_control(key="rank").value == "magnitude"
+
+
+def test_dense_and_start_features_are_hidden(browse, saes):
+    shown = browse(saes, "prompt", "--no-model", sae="plain").dataframe[0].value["feature"].tolist()
+    app = browse(saes, "prompt", "--no-model", sae="plain", hide="dense")
+    # 14 is dense
+    assert 14 in shown and 14 not in app.dataframe[0].value["feature"].tolist()
+    app = browse(saes, "prompt", "--no-model", sae="plain", hide="start-of-sequence")
+    hidden = {j for j in range(256) if "start-of-sequence" in open_index(saes / "plain").feature(j).flags}
+    assert 17 in hidden and not hidden & set(app.dataframe[0].value["feature"])
+
+
+def test_error_per_token(browse, saes):
+    app = browse(saes / "plain", "prompt", text=TEXT)
+    share = open_index(saes / "plain").encode(TEXT).error_share
+    assert f"largest {render.percent(float(share.max()))} at token {int(share.argmax())}" in html(app)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-model",)])
+def test_a_document_of_the_index(browse, saes, options):
+    app = browse(saes, "prompt", *options, sae="plain", document="1")
+    index = open_index(saes / "plain")
+    positions = index.document_positions(1)
+    assert app.segmented_control(key="source").value == "A document of the index" and not app.error
+    assert render.escape(f"{index.documents[1]['name']} · {len(positions):,} tokens in the index") in html(app)
+    codes = index.passage(positions[:2000])
+    j, value = (x[0] for x in codes.strongest(1))
+    assert (app.dataframe[0].value["feature"][0], app.dataframe[0].value["code"][0]) == (j, value)
+    # a long one in parts
+    if len(positions) > 2000:
+        app.number_input(key="part-1").set_value(2).run()
+        assert app.dataframe[0].value["code"][0] == index.passage(positions[2000:4000]).strongest(1).values[0]
+    # another source takes it out of the address
+    app.segmented_control(key="source").set_value("A passage of the index").run()
+    assert "document" not in app.query_params and not app.error
+    for bad in ("99999", "-1", "x"):
+        app = browse(saes, "prompt", *options, sae="plain", document=bad)
+        assert "this index has 0 to" in words(app.warning) and not app.error
 
 
 def test_a_variant_of_ones_own(browse, saes, tmp_path):

@@ -121,6 +121,52 @@ def test_windows_never_cross_a_sequence(small):
         small.window(20)
 
 
+def test_a_passage_and_a_document(small):
+    """Positions in the order given: "the codes of a text", read from the index."""
+    text = small.passage(np.array([3, 1, 0, 4]))
+    assert text.pieces == (b" c", b" a", b"<s>", b"12") and text.encoded.tolist() == [True, True, False, True]
+    # on " c" at 3 fire features 2 (7) and 1 (1), on " a" feature 0 (1)
+    assert text.l0.tolist() == [2, 1, 0, 0]
+    assert [x.tolist() for x in text.at(0)] == [[2, 1], [7, 1]] and text.codes_of(0).tolist() == [0, 1, 0, 0]
+    error, norm = (small.file("per_token")[name][[3, 1, 4]] for name in ("error", "norm_x"))
+    np.testing.assert_allclose(text.error_share[[0, 1, 3]], error / norm**2, rtol=1e-6)
+    assert text.error_share[2] == 0
+    for number in range(small.n_documents):
+        positions = small.document_positions(number)
+        assert (np.diff(positions) > 0).all() and all(small.document_of(p)[0] == number for p in positions)
+    whole = np.concatenate([small.document_positions(number) for number in range(small.n_documents)])
+    assert sorted(whole) == list(range(20))
+    for bad in (-1, small.n_documents):
+        with pytest.raises(SaekitError, match="document -?[0-9]+ does not exist; this index has 0 to"):
+            small.document_positions(bad)
+    for bad, words in (([], "holds no token"), ([20], "has 0 to 19"), ([-1], "has 0 to 19")):
+        with pytest.raises(SaekitError, match=words):
+            small.passage(np.array(bad, np.int64))
+
+
+def test_a_token_by_its_name(small):
+    assert [small.token_named(name) for name in ("12", " a", "a", "#3")] == [4, 1, 1, 3]
+    for bad in ("b c", "", "#7", "#", "#²", "#" + "9" * 30):
+        with pytest.raises(SaekitError, match="is no single token of this vocabulary"):
+            small.token_named(bad)
+
+
+def test_direct_effects_are_decoder_times_unembedding(make_index, tmp_path):
+    W_dec_FD = torch.tensor([[1.0, 0, 2, 0, 0, 0], [0, -1, 0, 0, 0, 3]])
+    dense = np.ones((4, 2), np.float32)
+    token = np.array([1, 2, 3, 4, 5, 6], np.float32)
+    index, elsewhere = (
+        make_index(dense, W_dec_FD=W_dec_FD, folder=tmp_path / f"sae{i}", site=f"blocks.0.{kind}").index
+        for i, kind in enumerate(("hook_resid_post", "attn.hook_z"))
+    )
+    for one in (index, elsewhere):
+        write_tensors(one.path.parent / "sae.safetensors", {"W_dec": W_dec_FD.numpy()})
+    # 1·1 + 2·3 and −1·2 + 3·6
+    assert index.effects_on(token).tolist() == [7, 16]
+    with pytest.raises(SaekitError, match="blocks.0.attn.hook_z does not write into the residual stream directly"):
+        elsewhere.effects_on(token)
+
+
 def test_random_is_spread_and_repeatable(make_index):
     idx = make_index(np.ones((1000, 1), np.float32)).index
     drawn = [e.position for e in idx.feature(0).random(20, seed=3)]

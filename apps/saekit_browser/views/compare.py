@@ -1,13 +1,17 @@
 """Two SAEs: what was measured of both, and which features of one are which of the other."""
 
+import shlex
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import streamlit as st
-from saekit_browser import state
+from saekit_browser import jobs, state
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
-from saekit.feature_index.matching import MATCHED, RELATED, agreement, same_tokens
+from saekit.feature_index.matching import MATCHED, RELATED, Matching, agreement, same_tokens
 
 LISTED = 500
 KINDS = {"matched": "Matched", "split": "Split", "merged": "Merged", "first": "Only in A", "second": "Only in B"}
@@ -34,13 +38,21 @@ def page():
     comparison()
 
 
-@st.fragment(key="compare")
 @state.shown
 def comparison():
     a, b = (state.named_index(st.session_state[key]) for key in ("a", "b"))
     measured(a, b)
-    found = matching(a, b, a.fingerprint, b.fingerprint)
     st.subheader("Features", anchor=False)
+    found = matching(a, b)
+    if found is None:
+        state.leave("compare")
+        return
+    features(a, b, found)
+
+
+@st.fragment(key="compare")
+@state.shown
+def features(a, b, found):
     st.html(render.fragment(f"<p>{render.escape(found.summary())}</p>"))
     st.caption(
         f"S is the cosine of decoder rows, of signed codes its size. Matched: each is the other's nearest and S ≥ {MATCHED}. Split and "
@@ -58,9 +70,41 @@ def comparison():
     table(a, b, kind, rows)
 
 
+def matching(a, b) -> Matching | None:
+    """Which features are which: at once where that is quick, else from the file that a job leaves; None until then."""
+    own = [idx.manifest["fingerprints"]["sae"] for idx in (a, b)]
+    D = a.decoder().shape[1]
+    if len(a) * len(b) * D <= jobs.LARGE:
+        return quick(a, b, *own)
+    folder, kind = a.path.parent, f"match-{state.digest(own)}"
+    file = jobs.place(folder, kind, ".safetensors")
+    if file.is_file() and jobs.result(folder, kind) is not None:
+        return kept(str(file), file.stat().st_mtime_ns)
+    st.caption(f"{len(a):,} by {len(b):,} cosines of {D:,} numbers take a while; they are computed once and kept.")
+    line = shlex.join(["saekit", "compare", str(folder), str(b.path.parent), "--features"])
+    jobs.panel(folder, jobs.Task(kind, "Match the features", line, partial(match_and_keep, a, b, file)))
+    return None
+
+
+def match_and_keep(a, b, file) -> dict:
+    found = a.compare(b)
+    found.save(file)
+    return {"summary": found.summary()}
+
+
 @st.cache_resource(show_spinner="Comparing decoder rows …", max_entries=4)
-def matching(_a, _b, first: str, second: str):
+def quick(_a, _b, first: str, second: str) -> Matching:
     return _a.compare(_b)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def kept(file: str, changed: int) -> Matching:
+    return Matching.load(Path(file))
+
+
+@st.cache_data(show_spinner=False, max_entries=1024)
+def correlation(_a, _b, first: str, second: str, i: int, j: int) -> float | None:
+    return agreement(_a, _b, i, j)
 
 
 def measured(a, b):
@@ -151,7 +195,7 @@ def table(a, b, kind: str, rows):
 
 def pair(a, b, i: int, j: int):
     """Both features on their own examples, and how their codes go together where the tokens are the same."""
-    r = agreement(a, b, i, j)
+    r = correlation(a, b, a.fingerprint, b.fingerprint, i, j)
     if r is not None:
         st.caption(f"Correlation of the codes on the same {a.n_encoded:,} tokens: {r:.3f}")
     elif not same_tokens(a, b):

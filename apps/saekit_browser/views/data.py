@@ -1,11 +1,12 @@
 """Where all of it comes from: manifests, fingerprints, sizes, and whether the files are what they say."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import streamlit as st
-from saekit_browser import state
+from saekit_browser import jobs, state
 
 from saekit.feature_index import render
 
@@ -16,6 +17,7 @@ NAMES = {
     "metrics.jsonl": "the log of its training",
     "evaluation.json": "what was measured",
     "evaluation.history.jsonl": "what was measured before",
+    "jobs/check.json": "what the last check found",
     "labels.sqlite": "labels, tags, notes, bookmarks",
 }
 
@@ -83,12 +85,24 @@ def about_index(idx) -> dict[str, str]:
     }
 
 
+def recorded_store(path: Path) -> dict | None:
+    """What `run.json` says of the store that the SAE was trained on."""
+    run = path / "run.json"
+    return json.loads(run.read_text(encoding="utf-8"))["store"] if run.is_file() else None
+
+
+def store_at_hand(path: Path) -> Path | None:
+    """The folder of that store, if it is still there."""
+    recorded = recorded_store(path) or {}
+    places = [Path(recorded[key]) for key in ("absolute", "path") if recorded.get(key)]
+    return next((place for place in places if (place / "manifest.json").is_file()), None)
+
+
 def about_store(path: Path) -> dict[str, str]:
     """The store that the SAE was trained on, as far as it is known and there."""
-    run = path / "run.json"
-    if not run.is_file():
+    recorded = recorded_store(path)
+    if recorded is None:
         return {"store": "not known: this SAE was not trained here"}
-    recorded = json.loads(run.read_text(encoding="utf-8"))["store"]
     rows = {"store": recorded.get("absolute") or recorded.get("path") or "a stream"}
     rows["fingerprint"] = str(recorded.get("fingerprint") or "not said")
     manifest = Path(rows["store"]) / "manifest.json"
@@ -106,31 +120,49 @@ def about_store(path: Path) -> dict[str, str]:
     }
 
 
-@st.fragment(key="integrity")
-@state.shown
 def integrity(folder: state.Folder):
-    """Reads every file; takes as long as that."""
+    """What the last check found, and the button that reads every file again: of the SAE, the index, and the store if it is
+    at hand."""
     st.subheader("Integrity", anchor=False)
-    if st.button("Check every file", icon=":material/fact_check:"):
-        with st.spinner("Reading all of it …", show_time=True):
-            problems = check(folder)
-        for problem in problems:
+    store = store_at_hand(folder.path)
+    if not jobs.running(folder.path) and (found := jobs.result(folder.path, "check")) is not None:
+        for problem in found["problems"]:
             st.error(state.literal(problem), icon=":material/error:")
-        if not problems:
-            st.success("Weights, evaluation and index are what their manifests say.", icon=":material/check:")
+        if not found["problems"]:
+            st.success(
+                f"{listed(found['checked'])} are what their manifests say, {jobs.when(found)}.", icon=":material/check:"
+            )
+        if found["stamp"] != state.stamp(folder.path):
+            st.caption("The index has changed since.")
+    lines = [state.command("check", folder.path)]
+    lines += [] if folder.problem else [state.command("check", folder.path / "index")]
+    lines += [] if store is None else [state.command("check", store)]
+    task = jobs.Task("check", "Check every file", "\n".join(lines), partial(check, folder, store))
+    jobs.panel(folder.path, task)
 
 
-def check(folder: state.Folder) -> list[str]:
+def check(folder: state.Folder, store: Path | None) -> dict:
+    from saekit.feature_index import open_index
     from saekit.sae import check_sae
+    from saekit.store import check as check_store
 
     # the variant of a file must be known before its SAE can be read
-    state.sae(str(folder.path.resolve()), state.stamp(folder.path))
-    return check_sae(folder.path) + ([folder.problem] if folder.problem else state.index().check())
+    state.know_variant()
+    checked, problems = ["SAE", "evaluation", "index"], check_sae(folder.path)
+    problems += [folder.problem] if folder.problem else open_index(folder.path).check()
+    if store is not None:
+        checked.append("store")
+        problems += [f"{store}: {problem}" for problem in check_store(store)]
+    return {"checked": checked, "problems": problems}
+
+
+def listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def commands(path: Path):
     st.subheader("Commands", anchor=False)
-    st.code(f"saekit index    {path}\nsaekit evaluate {path}\nsaekit check    {path}", language="shell")
+    st.code("\n".join(state.command(verb, path) for verb in ("index", "evaluate")), language="shell")
 
 
 def files(path: Path):

@@ -1,10 +1,12 @@
 """What was measured: every number with its interval, tokens, baselines and definition, and the command that measures again."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import streamlit as st
-from saekit_browser import state
+from saekit_browser import jobs, state
 
 from saekit.feature_index import render
 
@@ -16,7 +18,18 @@ def page():
     idx = state.index()
     st.title("Evaluate", anchor=False)
     folder = idx.path.parent
-    st.code(f"saekit evaluate {folder}", language="shell")
+    state.enter("evaluate")
+    st.segmented_control(
+        "Tier",
+        state.TIERS,
+        format_func=lambda tier: "both" if tier == "all" else tier,
+        required=True,
+        key="tier",
+        persist_state="session",
+        help="Which are shown below, and which the button measures: 1 = held-out activations, 2 = the language model",
+    )
+    state.leave("evaluate")
+    measuring(folder, (1, 2) if st.session_state.tier == "all" else (int(st.session_state.tier),))
     # what it imports takes longer than the rest of the page
     from saekit.evaluation.report import load_evaluation
 
@@ -25,6 +38,8 @@ def page():
     for warning in evaluation.warnings():
         st.warning(state.literal(warning), icon=":material/warning:")
     for tier, entry in sorted(evaluation.content["tiers"].items()):
+        if st.session_state.tier not in ("all", tier):
+            continue
         st.subheader(f"{TIERS.get(tier, 'Tier')} (tier {tier})", anchor=False)
         st.dataframe(
             table(entry["metrics"]),
@@ -41,6 +56,28 @@ def page():
     history(folder)
     with st.expander("On what"):
         st.json({key: evaluation.content.get(key) for key in ("sae", "data", "environment", "saekit_version")})
+
+
+def measuring(folder: Path, tiers: tuple[int, ...]):
+    """The job that does what the command does; each tier is stored as soon as it is done, so one that is cancelled keeps the
+    tiers before."""
+    words = [] if tiers == (1, 2) else ["--tiers", *map(str, tiers)]
+    refused = None
+    if 2 in tiers and not state.arguments().model:
+        refused = "Tier 2 needs the language model, and saekit browse was started with --no-model."
+    task = jobs.Task("evaluate", "Measure", state.command("evaluate", folder, *words), partial(measure, folder, tiers))
+    jobs.panel(folder, task, refused=refused)
+    found = jobs.result(folder, "evaluate")
+    if found is not None and not jobs.running(folder):
+        st.caption(f"Last measured here {jobs.when(found)}.")
+
+
+def measure(folder: Path, tiers: tuple[int, ...]) -> dict:
+    from saekit.evaluation import evaluate
+
+    state.know_variant()
+    evaluation = evaluate(folder, tiers=tiers)
+    return {"tiers": list(tiers), "health": evaluation.health()}
 
 
 def table(metrics: dict[str, dict]) -> pd.DataFrame:

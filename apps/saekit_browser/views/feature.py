@@ -1,6 +1,7 @@
 """One feature: what fires it, how strongly, what it writes, what lies near; its label, tags and notes."""
 
 import random
+import shlex
 from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,6 +42,7 @@ def detail(idx):
     left, right = st.columns([5, 2], gap="large")
     with left:
         examples(idx, number)
+        through_the_model(idx, number)
     with right:
         st.html(rail(idx, idx.fingerprint, number))
         neighbours(idx, number)
@@ -249,6 +251,112 @@ def examples(idx, number: int):
     state.leave("feature")
     choices = list(state.remembered("feature").values())[1:]
     st.html(view(idx, idx.fingerprint, number, *choices))
+
+
+# the language model
+
+
+def through_the_model(idx, number: int):
+    """Panels that run it; it is loaded when one of them is first used."""
+    if not state.arguments().model:
+        line = shlex.join(
+            ["saekit", "steer", str(idx.path.parent), str(number), "--mode", "ablate", "--prompt", "TEXT"]
+        )
+        st.caption(
+            "A text of yours and ablating need the language model, and saekit browse was started with --no-model; "
+            f"in a terminal: {state.literal(line)}"
+        )
+        return
+    with st.expander("On a text of yours", icon=":material/edit_note:", key="own-text"):
+        own_text(idx, number)
+    if idx.feature(number).n:
+        with st.expander("Ablated on an example", icon=":material/backspace:", key="ablated"):
+            ablated(idx, number)
+
+
+@st.fragment(key="own-text")
+@state.shown
+def own_text(idx, number: int):
+    """One text for all features: it stays while J and K go through them."""
+    given = st.text_area(
+        "A text",
+        key="own_text",
+        height=90,
+        max_chars=state.TEXT_CHARACTERS,
+        placeholder="Type or paste a text, then Ctrl+Enter",
+        label_visibility="collapsed",
+        persist_state="session",
+    )
+    if not (given or "").strip():
+        st.caption("The language model is loaded when the first text is read.")
+        return
+    with st.spinner("Reading the text with the language model …", show_time=True):
+        text = state.encoded(idx, idx.fingerprint, given)
+    f, codes = idx.feature(number), text.codes_of(number)
+    scale = max(f.max, float(np.abs(codes).max(initial=0)))
+    line = render.tokens_html(
+        text.pieces, codes.tolist(), scale, special=text.special.tolist(), encoded=text.encoded.tolist(), breaks=True
+    )
+    fires = int((codes != 0).sum())
+    said = f"fires on {fires} of {int(text.encoded.sum())} tokens"
+    if fires:
+        strongest = float(codes[np.abs(codes).argmax()])
+        said += (
+            f", strongest {render.code(strongest, scale)}, {render.percent(abs(strongest) / scale)} of the full colour"
+        )
+    legend = render.legend_html(scale, idx.signed, "the largest magnitude in the index or here")
+    st.html(render.fragment(f'<div class="t">{line}</div><p class="q">{render.escape(said)}</p>{legend}'))
+
+
+@st.fragment(key="ablated")
+@state.shown
+def ablated(idx, number: int):
+    """What the model's next token behind one of the strongest examples loses when the feature is taken away there."""
+    f = idx.feature(number)
+    signs = [s for s, n in (("+", "n_pos"), ("-", "n_neg")) if f.column(n) and (s == "+" or idx.signed)]
+    wanted = {"pos": "+", "neg": "-"}.get(st.session_state.sign)
+    sign = wanted if wanted in signs else signs[0]
+    found = strongest(idx, idx.fingerprint, number, sign)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        rank = st.number_input(
+            "Strongest example, negative" if sign == "-" else "Strongest example",
+            1,
+            len(found),
+            1,
+            key=f"rank-{number}-{sign}",
+            width=190,
+            help="1 is the strongest of all",
+        )
+        pressed = st.button("Ablate", icon=":material/backspace:", key="ablate")
+    example = found[int(rank) - 1]
+    key = state.digest(idx.fingerprint, number, example.position)
+    if pressed:
+        st.session_state.ablated_here = key
+    if st.session_state.get("ablated_here") != key:
+        st.html(render.fragment(render.example_html(example, f.max)))
+        st.caption("Ablate reads the text up to there twice, and takes the feature's part away at that token once.")
+        return
+    with st.spinner("Reading the example with the language model …", show_time=True):
+        result = ablation(idx, idx.fingerprint, number, example.position)
+    from saekit.feature_index.render_steering import ablation_html
+
+    st.html(render.fragment(ablation_html(result, example, f.max)))
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def strongest(_idx, fingerprint: str, number: int, sign: str) -> list:
+    return _idx.feature(number).top(20, sign)
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def ablation(_idx, fingerprint: str, number: int, position: int):
+    from saekit.steering import ablate_at
+
+    whole = _idx.window(position, None)
+    return ablate_at(state.own_sae(_idx), number, whole.tokens, whole.centre, model=state.own_model(_idx))
+
+
+# panels of tables
 
 
 def control(label: str, key: str, values: tuple[str, ...], explained: str | None = None):

@@ -159,13 +159,7 @@ def command(idx, number: int, options: dict) -> str:
 def written(_idx, fingerprint: str, number: int, **options):
     from saekit.steering import steer
 
-    folder = _idx.path.parent
-    return steer(
-        state.sae(str(folder.resolve()), state.stamp(folder)),
-        number,
-        model=state.model((_idx.manifest.get("model") or {}).get("id") or ""),
-        **options,
-    )
+    return steer(state.own_sae(_idx), number, model=state.own_model(_idx), **options)
 
 
 def keep(idx, found):
