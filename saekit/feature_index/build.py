@@ -41,7 +41,13 @@ from saekit.feature_index.format import (
     exponent_of,
     quantise,
 )
-from saekit.feature_index.geometry import logit_weights, neighbours, principal_plane, weight_columns
+from saekit.feature_index.geometry import (
+    logit_weights,
+    neighbours,
+    posterior_columns,
+    principal_plane,
+    weight_columns,
+)
 from saekit.feature_index.reader import FeatureIndex, open_index
 from saekit.feature_index.tables import BLOCK_FIRINGS, Tables, flag_bits
 from saekit.feature_index.vocabulary import VocabBytes, vocab_bytes
@@ -287,6 +293,7 @@ class IndexBuilder:
         tables.run()
         columns, examples = tables.columns, tables.examples
         columns |= self._geometry()
+        columns |= posterior_columns(self.sae, columns["mean_sq"])
         columns |= self._write_logits()
         columns["flags"] = flag_bits(columns, self.E, self.signed)
         self._write("features", {name: columns[name] for name in COLUMNS if name in columns})
