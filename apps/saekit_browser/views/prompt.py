@@ -30,6 +30,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       span.style.background = `rgb(${u.step > 0 ? "230 97 1" : "67 147 195"} / ${Math.abs(u.step) / 10})`
       span.className = "on"
     }
+    if (u.unsure) span.style.backgroundImage = "repeating-linear-gradient(135deg, #0000 0 3px, #8886 3px 5px)"
     if (u.faint) span.className = "faint"
     if (u.token <= data.chosen && data.chosen < u.end) span.className += " chosen"
     span.setAttribute("role", "button")
@@ -88,6 +89,7 @@ def prompt(idx):
         feature = colour(idx, text)
         state.leave("prompt")
         tokens(idx, text, feature)
+        strip(idx, text)
         small_multiples(idx, text)
     with right:
         ranking(idx, text)
@@ -207,6 +209,7 @@ def tokens(idx, text: EncodedText, feature: int | None):
     codes = text.codes_of(feature) if feature is not None else np.zeros(len(text), np.float32)
     scale = idx.feature(feature).max if feature is not None else 0.0
     scale = max(scale, float(np.abs(codes).max(initial=0)))
+    std = idx.feature(feature).std if feature is not None else None
     units = []
     for a, b in render.units(text.pieces):
         at = a + int(np.abs(codes[a:b]).argmax())
@@ -214,7 +217,10 @@ def tokens(idx, text: EncodedText, feature: int | None):
         step = render.step(code, scale) if code else ""
         # white space is laid out as it is, with a mark where a line ends
         shown = render.visible(b"".join(text.pieces[a:b])).replace("␣", " ").replace("↵", "↵\n")
-        title = f"token {a:,}" + (f" · {render.number(code)}" if code else "") + f" · {int(text.l0[a])} features"
+        spread = f" ± {render.number(std)}" if std is not None else ""
+        title = (
+            f"token {a:,}" + (f" · {render.number(code)}{spread}" if code else "") + f" · {int(text.l0[a])} features"
+        )
         units.append(
             {
                 "text": shown,
@@ -222,6 +228,7 @@ def tokens(idx, text: EncodedText, feature: int | None):
                 "token": a,
                 "end": b,
                 "step": int(step[1:]) * (1 if step[0] == "p" else -1) if step else 0,
+                "unsure": bool(code and std is not None and abs(code) < std),
                 "faint": bool(text.special[a] or not text.encoded[a]),
             }
         )
@@ -241,6 +248,19 @@ def tokens(idx, text: EncodedText, feature: int | None):
     said = f"feature {feature:,}, {state.about(idx, feature)}: fires on {int((codes != 0).sum())} of {len(text)} tokens"
     legend = render.legend_html(scale, idx.signed, "its largest magnitude in the index")
     st.html(render.fragment(f"<p>{render.escape(said)}</p>{legend}"))
+
+
+def strip(idx, text: EncodedText):
+    """How many features fire on each token, where that differs from token to token."""
+    if not idx.adaptive:
+        return
+    most = int(text.l0[text.encoded].max(initial=0))
+    st.subheader("Features per token", anchor=False)
+    shown = render.counts_html(text.pieces, text.l0.tolist(), most, special=text.special.tolist(), encoded=text.encoded.tolist(), breaks=True)  # fmt: skip
+    legend = render.legend_html(most, False, "most on a token of this text")
+    mean = float(text.l0[text.encoded].mean()) if text.encoded.any() else 0.0
+    said = f'<p class="q">mean {mean:.1f}; the text comes to {int(text.l0.sum()):,} firings</p>'
+    st.html(render.fragment(f'<div class="t">{shown}</div>{legend}{said}'))
 
 
 def chosen_token(text: EncodedText) -> int | None:
@@ -328,8 +348,9 @@ def small_multiples(idx, text: EncodedText):
         codes = text.codes_of(j)
         at = int(np.abs(codes).argmax())
         lo, hi = (0, len(text)) if len(text) <= 60 else (max(0, at - 40), min(len(text), at + 20))
+        std = idx.feature(j).std
         line = render.tokens_html(
-            text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist()
+            text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist(), std=None if std is None else [std] * (hi - lo)
         )  # fmt: skip
         lines.append(
             f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(state.about(idx, j))}</p></div></div>'
