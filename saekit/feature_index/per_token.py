@@ -27,6 +27,7 @@ COUNTED = 200_000
 GROUPS = 24
 """Groups of equal count, by features per token."""
 CANDIDATES = 4096
+BLOCK = 1 << 22
 
 
 class Norms(NamedTuple):
@@ -97,9 +98,19 @@ class KthValues(NamedTuple):
 
 
 def drawn(index: "FeatureIndex", most: int) -> np.ndarray:
-    """Encoded positions drawn evenly over the text, increasing (int64)."""
-    encoded = np.flatnonzero(index.file("tokens")["encoded"])
-    return encoded[spread(len(encoded), most, 0)]
+    """Encoded ones among at most so many positions drawn evenly over the text, increasing (int64)."""
+    positions = spread(index.n_tokens, most, 0)
+    return positions[index.file("tokens")["encoded"][positions]]
+
+
+def l0_counts(index: "FeatureIndex") -> np.ndarray:
+    """Encoded tokens on which 0, 1, 2, … features fire (int64)."""
+    l0, encoded = index.features_per_token, index.file("tokens")["encoded"]
+    counts = np.zeros(1 + np.iinfo(l0.dtype).max, np.int64)
+    for lo in range(0, len(l0), BLOCK):
+        here = slice(lo, lo + BLOCK)
+        counts += np.bincount(l0[here][encoded[here]], minlength=len(counts))
+    return counts[: 1 + int(np.flatnonzero(counts).max(initial=0))]
 
 
 def norms(index: "FeatureIndex", most: int = DRAWN) -> Norms:
@@ -129,32 +140,36 @@ def norms(index: "FeatureIndex", most: int = DRAWN) -> Norms:
 
 
 def crowd(index: "FeatureIndex", k: int = 6) -> Crowd:
-    l0 = index.features_per_token
-    encoded = np.flatnonzero(index.file("tokens")["encoded"])
-    counts = np.bincount(l0[encoded])
+    counts = index.l0_counts
     return Crowd(
         counts=counts,
-        mean=float(counts @ np.arange(len(counts)) / max(1, len(encoded))),
-        most=_ends(index, encoded, -l0[encoded].astype(np.int64), k),
-        fewest=_ends(index, encoded, l0[encoded].astype(np.int64), k),
+        mean=float(counts @ np.arange(len(counts)) / max(1, counts.sum())),
+        most=_ends(index, np.arange(len(counts))[::-1], k),
+        fewest=_ends(index, np.arange(len(counts)), k),
         error=_error_groups(index),
     )
 
 
-def _ends(index: "FeatureIndex", encoded: np.ndarray, key: np.ndarray, k: int) -> list[Counted]:
-    """The k tokens of the smallest key, at most one per sequence; among equals in an order that the text does not give."""
-    if not len(key):
+def _ends(index: "FeatureIndex", order: np.ndarray, k: int) -> list[Counted]:
+    """k tokens whose number of features comes first in `order`, at most one per sequence; equals in no order of the text."""
+    l0, table = index.features_per_token, index.file("tokens")
+    total = np.cumsum(index.l0_counts[order])
+    if total[-1] == 0:
         return []
-    last = np.partition(key, min(CANDIDATES, len(key)) - 1)[min(CANDIDATES, len(key)) - 1]
-    near = np.flatnonzero(key <= last)
-    positions = encoded[near]
-    positions = positions[np.lexsort((splitmix(positions.astype(np.uint64)), key[near]))]
-    sequence = np.searchsorted(index.file("tokens")["seq_start"], positions, side="right")
+    # few tokens come before number `cut`; of those that share it, as many as may be, some are drawn
+    cut = order[min(len(order) - 1, int(np.searchsorted(total, CANDIDATES)))]
+    before = np.flatnonzero((l0 > cut if order[0] > order[-1] else l0 < cut) & table["encoded"])
+    same = np.flatnonzero((l0 == cut) & table["encoded"])
+    positions = np.concatenate([before, same[spread(len(same), CANDIDATES, 0)]])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    positions = positions[np.lexsort((splitmix(positions.astype(np.uint64)), place[l0[positions]]))]
+    sequence = np.searchsorted(table["seq_start"], positions, side="right")
     first = np.sort(np.unique(sequence, return_index=True)[1])[:k]
     out = []
     for position in positions[first].tolist():
         example = index.window(position)
-        out.append(Counted(example, index.features_per_token[example.positions].astype(np.int64)))
+        out.append(Counted(example, l0[example.positions].astype(np.int64)))
     return out
 
 

@@ -181,10 +181,16 @@ class FeatureIndex:
         return self.file("per_token")["l0"]
 
     @functools.cached_property
+    def l0_counts(self) -> np.ndarray:
+        """Encoded tokens on which 0, 1, 2, … features fire (int64)."""
+        return per_token.l0_counts(self)
+
+    @functools.cached_property
     def adaptive(self) -> bool:
         """Whether tokens differ in how many features fire: a rule per row that now and then finds too few does not count."""
-        l0 = self.features_per_token[self.file("tokens")["encoded"]]
-        return bool(len(l0)) and bool(np.diff(np.quantile(l0, (0.05, 0.95)))[0] > 0)
+        total = np.cumsum(self.l0_counts)
+        low, high = np.searchsorted(total, (0.05 * total[-1], 0.95 * total[-1]))
+        return bool(low < high)
 
     @functools.cached_property
     def has_budgets(self) -> bool:

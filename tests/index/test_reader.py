@@ -535,3 +535,15 @@ def test_posterior(make_index, tmp_path):
     assert not other.has_std and other.feature(1).std is None and other.window(3, feature=1).std is None
     fixed = make_index(dense_NF, signed=True, buffers={}, sae_variant=Variational(k=2, prior_std=2.0, variance="fixed", log_var_init=0.0), folder=tmp_path / "fixed").index  # fmt: skip
     assert fixed.column("std_mean").tolist() == [2, 2, 2]
+
+
+def test_ends_of_a_crowd_with_more_equals_than_are_looked_at(random_index, monkeypatch):
+    from saekit.feature_index import per_token
+
+    whole = random_index.index.crowd(4)
+    monkeypatch.setattr(per_token, "CANDIDATES", 20)
+    few = random_index.index.crowd(2)
+    for side in ("most", "fewest"):
+        a, b = ([int(c.features[c.example.centre]) for c in getattr(x, side)] for x in (few, whole))
+        # the extreme itself is always among them; here 20 tokens are looked at, and as many that equal the last
+        assert a[0] == b[0] and len(a) == 2
