@@ -335,7 +335,7 @@ def doses(text: str) -> tuple[float, ...] | None:
 SORTS = (
     "energy", "density", "n", "token_f1", "top_token_share", "token_entropy", "logit_kurtosis", "max_dec_cos", "q95", "feature",
 )  # fmt: skip
-FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead")
+FLAGS = ("dense", "near-duplicate", "one-sided", "start-of-sequence", "capped", "dead", "under-budget")
 LABELLED = ("all", "labelled", "unlabelled")
 VIEWS, ZOOMS, SIGNS, SCALES = ("top", "quantiles", "random", "near"), ("snippet", "stacked", "full"), ("both", "pos", "neg"), ("own", "p99")  # fmt: skip
 RANKS, HIDE = ("magnitude", "rarity", "effect"), ("dense", "start-of-sequence")
@@ -507,9 +507,16 @@ def _age(path: Path) -> int:
     return sum(p.stat().st_mtime_ns for p in (path, path.with_name(path.name + "-wal")) if p.is_file())
 
 
+def flags(idx: FeatureIndex) -> tuple[str, ...]:
+    """Those that features of this index can carry."""
+    return FLAGS if idx.has_budgets else FLAGS[:-1]
+
+
 @st.cache_resource(show_spinner=False, max_entries=16)
 def _filtered(_idx: FeatureIndex, fingerprint: str, choices: tuple) -> np.ndarray:
     sort, desc, alive, dmin, dmax, flag = choices
+    # page Features drops a flag that this SAE does not have; other pages may come first
+    flag = [name for name in flag if name in flags(_idx)]
     order = ("-" if desc else "") + sort
     return _idx.table(order, alive=True if alive else None, flag=flag, density=(dmin, dmax)).features
 

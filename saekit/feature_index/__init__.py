@@ -12,6 +12,7 @@ Each file imports only from those above it:
     vocabulary.py, geometry.py, tables.py   what the builder writes: bytes of tokens, weights, everything per feature
     feature.py, table.py                    one feature; many as rows
     search.py, encoded.py                   finding features; those of a text that was typed
+    per_token.py, aims.py                   the SAE as a whole: norms, features per token; what it was trained for
     reader.py                               `open_index` and `FeatureIndex`
     segments.py                             the first pass: what fires where, in stretches of text that are kept
     build.py                                `IndexBuilder`, a consumer of `encode_store`, and `build_index`

@@ -49,7 +49,13 @@ from saekit.feature_index.format import (
     kept_of,
     quantise,
 )
-from saekit.feature_index.geometry import logit_weights, neighbours, principal_plane, weight_columns
+from saekit.feature_index.geometry import (
+    logit_weights,
+    neighbours,
+    posterior_columns,
+    principal_plane,
+    weight_columns,
+)
 from saekit.feature_index.reader import FeatureIndex, open_index
 from saekit.feature_index.segments import (
     PER_TOKEN,
@@ -268,6 +274,7 @@ class IndexBuilder:
         tables.run()
         columns, examples = tables.columns, tables.examples
         columns |= self._geometry()
+        columns |= posterior_columns(self.sae, columns["mean_sq"])
         columns |= self._write_logits()
         columns["flags"] = flag_bits(columns, self.E, self.signed)
         self._write("features", {name: columns[name] for name in COLUMNS if name in columns})

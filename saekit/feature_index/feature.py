@@ -106,6 +106,8 @@ class Example:
     """Place among the feature's firings of its sign, 1 = strongest, where known."""
     document: str = ""
     """Name of the document, where known."""
+    std: np.ndarray | None = None
+    """Standard deviation of each code, 0 where silent (float32); None where codes have none."""
 
     @property
     def value(self) -> float:
@@ -198,6 +200,16 @@ class Feature:
         m = self.max
         counts = self.index.file("examples")["histogram"][self.number].astype(np.int64)
         return Histogram(np.linspace(-m if self.signed else 0.0, m, 65), counts)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the posterior around each code; None where codes have none."""
+        return self.column("std_mean") if self.index.has_std else None
+
+    @property
+    def uncertain(self) -> float:
+        """Share of the firings whose magnitude is below the standard deviation, so that their sign is not sure."""
+        return float((np.abs(self.values) < self.std).mean()) if self.std is not None and self.n else math.nan
 
     # examples
 

@@ -27,7 +27,8 @@ COLUMNS = (
     "n", "n_pos", "n_neg", "n_seq", "seq_sq", "mean", "mean_abs", "mean_sq", "skew", "kurtosis", "max_pos", "max_neg",
     "q05", "q25", "q50", "q75", "q95", "q99", "energy", "crowd", "start_share", "token_entropy", "top_token",
     "top_token_share", "token_f1", "dec_norm", "enc_norm", "enc_dec_cos", "max_dec_cos", "max_dec_feature", "max_enc_cos",
-    "bias", "threshold", "budget", "logit_std", "logit_skew", "logit_kurtosis", "kept", "flags",
+    "bias", "threshold", "budget", "logit_std", "logit_skew", "logit_kurtosis", "std_mean", "kl_mean",
+    "kept", "flags",
 )  # fmt: skip
 """Of features.safetensors, in this order; an index holds those that are defined for it."""
 

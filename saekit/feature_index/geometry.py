@@ -33,6 +33,15 @@ def weight_columns(sae) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tens
     return {name: column.cpu().numpy() for name, column in columns.items()}, dec_FD, enc_FD
 
 
+def posterior_columns(sae, mean_sq_F: np.ndarray) -> dict[str, np.ndarray]:
+    """`std_mean` and `kl_mean` of a variational SAE whose noise is a feature's own; the mean square of the codes says the rest."""
+    variant = getattr(sae, "variant", None)
+    found = variant.posterior(sae.extra, torch.from_numpy(mean_sq_F).double()) if variant is not None else None
+    if found is None:
+        return {}
+    return {name: t.float().cpu().numpy() for name, t in zip(("std_mean", "kl_mean"), found, strict=True)}
+
+
 def neighbours(
     dec_FD: torch.Tensor, enc_FD: torch.Tensor, signed: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

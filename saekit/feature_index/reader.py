@@ -7,7 +7,7 @@
     idx.search("quote"); idx.search(regex=r"\\d+"); idx.search(like=123)
 
 Opening and the arrays stand here; feature.py answers for one feature, table.py and search.py for many, encoded.py for a
-text that was typed.
+text that was typed, per_token.py and aims.py for the SAE as a whole.
 
 N token positions, E of them encoded · S sequences · F features · D width · Z non-zero codes. A feature fires where its
 code is not 0; its magnitude is the absolute code. Everything here is safe to share between threads.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from saekit.errors import SaekitError
-from saekit.feature_index import render, search
+from saekit.feature_index import aims, per_token, render, search
 from saekit.feature_index.encoded import EncodedText, Firings, encode_text, gather, stored_text
 from saekit.feature_index.feature import Example, Feature
 from saekit.feature_index.format import ABSENT, DIRECT, FLAGS, FORMAT, FORMAT_VERSION
@@ -105,6 +105,11 @@ class FeatureIndex:
         return self.manifest["F"]
 
     @functools.cached_property
+    def has_std(self) -> bool:
+        """Whether codes have a standard deviation (variational), the same at every firing of a feature."""
+        return "std_mean" in self.file("features")
+
+    @functools.cached_property
     def has_text(self) -> bool:
         """Whether tokens can be shown as text; else they are numbers such as `#17`."""
         return self.manifest["fingerprints"]["tokenizer"] is not None and self.file("vocab")["bytes"].size > 0
@@ -153,7 +158,8 @@ class FeatureIndex:
         return self._files[name]
 
     def column(self, name: str) -> np.ndarray:
-        """One column of features.safetensors [F], or one of `density`, `density_pos`, `density_neg`, `feature`.
+        """One column of features.safetensors [F], or one of `density`, `density_pos`, `density_neg`, `feature`, and
+        `budget_share` where features have budgets.
 
         Raises SaekitError with the nearest names.
         """
@@ -162,6 +168,8 @@ class FeatureIndex:
             return columns[DENSITIES[name]] / max(1, self.n_encoded)
         if name == "feature":
             return np.arange(len(self))
+        if name == "budget_share" and self.has_budgets:
+            return aims.budget_share(self)
         if name not in columns:
             known = ["feature", *DENSITIES, *columns]
             near = difflib.get_close_matches(name, known, 3) or sorted(known)
@@ -172,6 +180,49 @@ class FeatureIndex:
     def features_per_token(self) -> np.ndarray:
         """Number of features that fire at each position [N]; 0 where nothing was encoded."""
         return self.file("per_token")["l0"]
+
+    @functools.cached_property
+    def l0_counts(self) -> np.ndarray:
+        """Encoded tokens on which 0, 1, 2, … features fire (int64)."""
+        return per_token.l0_counts(self)
+
+    @functools.cached_property
+    def adaptive(self) -> bool:
+        """Whether tokens differ in how many features fire: a rule per row that now and then finds too few does not count."""
+        total = np.cumsum(self.l0_counts)
+        low, high = np.searchsorted(total, (0.05 * total[-1], 0.95 * total[-1]))
+        return bool(low < high)
+
+    @functools.cached_property
+    def has_budgets(self) -> bool:
+        """Whether features were given budgets (feature_choice)."""
+        return aims.has_budgets(self)
+
+    # the SAE as a whole
+
+    def norms(self, most: int = per_token.DRAWN) -> per_token.Norms:
+        """‖x‖ and ‖f‖ of at most so many tokens, drawn evenly: the ZF plot."""
+        return per_token.norms(self, most)
+
+    def crowd(self, k: int = 6) -> per_token.Crowd:
+        """How many features fire on a token; the k tokens with the most and the fewest; the error beside it."""
+        return per_token.crowd(self, k)
+
+    def kth_values(self, k: int) -> per_token.KthValues:
+        """The k-th largest magnitude of a token: what a rule per row would have cut at. Needs `by_token`."""
+        return per_token.kth_values(self, k)
+
+    def snippets(self, positions: np.ndarray, before: int = 6, after: int = 2) -> list[tuple[bytes, bytes, bytes]]:
+        """Text before, at and after many positions; `window` says more about one."""
+        return per_token.snippets(self, positions, before, after)
+
+    def aim(self) -> aims.Aim | None:
+        """Features per token, trained for and found; None where nothing but the found number is known."""
+        return aims.aim(self)
+
+    def law(self) -> aims.RankLaw:
+        """Density against rank, the Zipf–Mandelbrot law through it, and the budgets where there are any."""
+        return aims.law(self)
 
     # text
 
@@ -251,7 +302,7 @@ class FeatureIndex:
         lo = first if before is None else max(first, position - before)
         hi = last if after is None or before is None else min(last, position + after + 1)
         tokens = table["token"][lo:hi].astype(np.int64)
-        codes = np.zeros(hi - lo, np.float32)
+        codes, std = np.zeros(hi - lo, np.float32), None
         if feature is not None:
             fired, values = self.firings(feature)
             # needles must have the column's dtype, or searchsorted converts the whole column
@@ -264,6 +315,8 @@ class FeatureIndex:
                 found = np.flatnonzero(table_by["feature"][here] == feature)
                 at = np.searchsorted(table_by["start"][lo : hi + 1], begin + found, side="right") - 1
                 codes[at] = table_by["value"][here][found].astype(np.float32) * np.float32(self.scale)
+            if self.has_std:
+                std = np.where(codes != 0, np.float32(self.column("std_mean")[feature]), np.float32(0))
         doc, document = self.document_of(position)
         special = self.file("vocab")["special"]
         return Example(
@@ -280,6 +333,7 @@ class FeatureIndex:
             at_end=hi == last,
             rank=rank,
             document=document,
+            std=std,
         )
 
     def text(self, position: int, before: int = 24, after: int = 8) -> str:
@@ -366,16 +420,15 @@ class FeatureIndex:
 
         `sort` is a column, falling with a leading minus; ties and undefined values by feature number, last. A range keyword
         is any column with (lowest, highest), both inclusive, None = open: `density=(1e-5, 1e-2)`. `flag` and `without`
-        take the names dead, dense, near-duplicate, one-sided, capped, start-of-sequence.
+        take the names dead, dense, near-duplicate, one-sided, capped, start-of-sequence, and under-budget where features have
+        budgets: they fire less than half of theirs.
         """
         keep = np.ones(len(self), bool)
         if alive is not None:
             keep &= (self.column("n") != 0) == alive
         for names, wanted in ((flag, True), (without, False)):
             for name in [names] if isinstance(names, str) else names:
-                if name not in FLAGS:
-                    raise SaekitError(f"no flag {name}; known are {', '.join(FLAGS)}")
-                keep &= (self.column("flags") & FLAGS[name] != 0) == wanted
+                keep &= self.flagged(name) == wanted
         for name, bounds in ranges.items():
             values = self.column(name)
             low, high = bounds
@@ -394,6 +447,15 @@ class FeatureIndex:
         undefined = np.isnan(key)
         rows = rows[np.lexsort((rows, np.where(undefined, 0, -key if sort.startswith("-") else key), undefined))]
         return FeatureTable(self, rows[:limit], tuple(columns or DEFAULT_COLUMNS), entries)
+
+    def flagged(self, name: str) -> np.ndarray:
+        """Which features carry a flag [F] bool."""
+        if name == "under-budget" and self.has_budgets:
+            return self.column("budget_share") < aims.HALF
+        if name not in FLAGS:
+            known = ", ".join([*FLAGS, *(["under-budget"] if self.has_budgets else [])])
+            raise SaekitError(f"no flag {name}; known are {known}")
+        return self.column("flags") & FLAGS[name] != 0
 
     def search(
         self,

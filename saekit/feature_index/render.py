@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 
 STEPS = 8
+# of a code whose sign is not sure; in place, since few need it and every fragment carries the rules
+HATCH = ' style="background-image:repeating-linear-gradient(135deg,#0000 0 3px,#8886 3px 5px)"'
 ORANGE, BLUE = "#E66101", "#4393C3"
 
 # Text keeps its colour and backgrounds stay translucent, so the same rules serve light and dark pages.
@@ -231,16 +233,26 @@ def tokens_html(
     rank: int | None = None,
     document: str = "",
     breaks: bool = False,
+    std: Sequence[float] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> str:
     """Tokens `first` to `last` as inline markup, firing ones coloured by |code| / scale in eight steps.
 
-    `strongest` (default: the largest magnitude of all) is bold and underlined; `rank` and `document` go into its title.
+    `strongest` (default: the largest magnitude of all) is bold and underlined; `rank` and `document` go into its title. `std`:
+    of each code, in the title; a code below its own is hatched. `titles` stand in for those that tell the codes.
     """
     codes = [float(c) for c in codes]
     last = len(pieces) if last is None else last
     if strongest is None:
         strongest = max(range(len(codes)), key=lambda i: abs(codes[i]), default=-1)
     out, silent = [], []
+
+    def said(i: int) -> str:
+        if titles is not None:
+            return titles[i]
+        return _title(
+            codes[i], scale, positions[i] if positions is not None else None, std[i] if std is not None else None
+        )
 
     def flush():
         if silent:
@@ -253,14 +265,15 @@ def tokens_html(
         text = b"".join(pieces[a:b])
         if codes[at] != 0:
             flush()
-            title = ", ".join(_title(codes[i], scale, positions[i] if positions is not None else None) for i in range(a, b) if codes[i])  # fmt: skip
+            title = ", ".join(said(i) for i in range(a, b) if codes[i])
             if at == strongest:
                 title += (f", rank {rank:,}" if rank else "") + (f", {document}" if document else "")
             mark = " m" if a <= strongest < b and codes[strongest] != 0 else ""
             shown = escape(visible(text))
-            if breaks and text.endswith(b"\n"):
-                shown += "\n"
-            out.append(f'<b class="{step(codes[at], scale)}{mark}" title="{escape(title)}">{shown}</b>')
+            if breaks:
+                shown = shown.replace("↵", "↵\n")
+            hatched = HATCH if std is not None and abs(codes[at]) < std[at] else ""
+            out.append(f'<b class="{step(codes[at], scale)}{mark}"{hatched} title="{escape(title)}">{shown}</b>')
         elif special is not None and special[a]:
             flush()
             out.append(f'<i class="s" title="special token, no code">{escape(visible(text))}</i>')
@@ -277,9 +290,24 @@ def tokens_html(
     return "".join(out)
 
 
-def _title(value: float, scale: float, position: int | None) -> str:
+def _title(value: float, scale: float, position: int | None, std: float | None = None) -> str:
+    spread = ""
+    if std is not None:
+        spread = f" ± {code(std, scale)}" + (", its sign is not sure" if abs(value) < std else "")
     share = f", {100 * abs(value) / scale:.0f} % of max" if scale > 0 else ""
-    return f"{code(value, scale)}{share}" + (f", token {int(position):,}" if position is not None else "")
+    return f"{code(value, scale)}{spread}{share}" + (f", token {int(position):,}" if position is not None else "")
+
+
+def hover_text(before: bytes, token: bytes, after: bytes) -> str:
+    """A token in its text for Plotly, which reads a few tags in hover text, and of named entities not `&quot;`."""
+    parts = (visible(before[-60:]), visible(token[:40]), visible(after[:40]))
+    a, b, c = (plot_text(part) for part in parts)
+    return f"{a}<b>{b}</b>{c}"
+
+
+def plot_text(text: str) -> str:
+    """Data as text of a Plotly figure."""
+    return escape(text).replace("&quot;", '"').replace("&#x27;", "'")
 
 
 def example_html(example, scale: float, zoom: str = "snippet") -> str:
@@ -292,6 +320,7 @@ def example_html(example, scale: float, zoom: str = "snippet") -> str:
         "strongest": example.centre,
         "rank": example.rank,
         "document": example.document,
+        "std": example.std,
     }
     begin = '<i title="the sequence begins here">▏</i>' if example.at_start else "<i>…</i>"
     end = '<i title="the sequence ends here">▕</i>' if example.at_end else "<i>…</i>"
@@ -312,11 +341,49 @@ def examples_html(examples: Sequence, scale: float, zoom: str = "snippet", *, ti
     return f"<div>{head}{why}{''.join(example_html(e, scale, zoom) for e in examples)}</div>"
 
 
+def counts_html(
+    pieces: Sequence[bytes],
+    features: Sequence[int],
+    most: int,
+    *,
+    first: int = 0,
+    special: Sequence[bool] | None = None,
+    encoded: Sequence[bool] | None = None,
+    centre: int | None = None,
+    breaks: bool = False,
+) -> str:
+    """A text coloured by how many features fire on each token, full colour at `most`; `first` is the number of its first token.
+
+    Where none fires the text stays plain. `centre` (default: the token with most) is bold and underlined.
+    """
+    counts = [int(n) for n in features]
+    titles = [f"{n:,} feature{'' if n == 1 else 's'}, token {first + i:,}" for i, n in enumerate(counts)]
+    return tokens_html(
+        pieces, counts, most, titles=titles, special=special, encoded=encoded, strongest=centre, breaks=breaks
+    )
+
+
+def counted_html(tokens: Sequence, most: int, *, title: str) -> str:
+    """Tokens in their text, one to a line that starts with the number of features on the token."""
+    lines = []
+    for t in tokens:
+        e = t.example
+        text = counts_html(
+            e.pieces, t.features, most, first=int(e.positions[0]), special=e.special, encoded=e.encoded, centre=e.centre
+        )
+        begin, end = "▏" if e.at_start else "…", "▕" if e.at_end else "…"
+        lines.append(
+            f'<div class="x"><i>{int(t.features[e.centre]):,}</i><div><i>{begin}</i>{text}<i>{end}</i></div></div>'
+        )
+    return f"<div><h3>{escape(title)}</h3>{''.join(lines)}</div>"
+
+
 def legend_html(scale: float, signed: bool, name: str = "own maximum") -> str:
-    """The eight steps with what they stand for."""
+    """The eight steps with what they stand for; a whole number stays one."""
     plus = "".join(f'<b class="p{i}"> &nbsp; </b>' for i in range(1, STEPS + 1))
     minus = "".join(f'<b class="n{i}"> &nbsp; </b>' for i in range(STEPS, 0, -1)) if signed else ""
-    low, high = (f"−{number(scale)}", f"+{number(scale)}") if signed else ("0", number(scale))
+    top = f"{scale:,}" if isinstance(scale, int) else number(scale)
+    low, high = (f"−{top}", f"+{top}") if signed else ("0", top)
     return (
         f'<p><span class="q">{low} </span><span aria-hidden="true">{minus}{plus}</span>'
         f'<span class="q"> {high} = {escape(name)}</span></p>'
@@ -385,6 +452,11 @@ def numbers_html(feature) -> str:
     nearest = c("max_dec_cos")
     if not math.isnan(nearest):
         tiles.append(("nearest decoder", number(nearest), f"feature {c('max_dec_feature'):,}"))
+    if index.has_budgets:
+        tiles.append(("budget", percent(c("budget")), f"{percent(c('budget_share'))} of it used"))
+    if index.has_std:
+        tiles.append(("std", number(feature.std), f"of a code; sign unsure on {percent(feature.uncertain)}"))
+        tiles.append(("KL", number(c("kl_mean")), "nats per firing"))
     body = "".join(
         f'<div><span class="q">{escape(a)}</span><b>{escape(b)}</b><span class="q">{escape(d)}</span></div>'
         for a, b, d in tiles

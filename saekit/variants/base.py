@@ -148,6 +148,11 @@ class Variant:
         """Whether `values` chooses by itself, from all pre-activations of a batch."""
         return False
 
+    def posterior(self, buffers: "Mapping[str, Tensor]", square_F: "Tensor") -> "tuple[Tensor, Tensor] | None":
+        """Standard deviation of each feature's code and mean KL of a firing, (F) both, from the mean square of its codes where it
+        fires; None where codes have no noise, or noise that depends on the input."""
+        return None
+
     def finish(self, sae: "SAE", rows: "Callable[[int], Iterator[Tensor]]") -> dict:
         """Last work on the final SAE, in the model's units; `rows(n)` gives training rows in chunks. Returns what joins the
         options of config.json."""

@@ -131,6 +131,17 @@ class Variational(Counted):
             kl = kl.sum(1)
         return {"kl": self.beta * ramp(out.moment, None, 0.1) * kl.mean()}
 
+    def posterior(self, buffers, square_F):
+        import torch
+
+        if self.variance == "input":
+            return None
+        assert self.prior_std is not None, "kept by inference_options"
+        fixed_F = torch.full_like(square_F, self.log_var_init)
+        rho_F = (buffers["b_var"].to(square_F) if self.variance == "feature" else fixed_F).clamp(-10, 2)
+        kl_F = 0.5 * (square_F / self.prior_std**2 + rho_F.exp() - 1 - rho_F)
+        return self.prior_std * (rho_F / 2).exp(), kl_F
+
     def finish(self, sae, rows) -> dict:
         from saekit.variants.abs_topk import flip_signs
 

@@ -100,6 +100,9 @@ def make_sae(
     signed: bool = False,
     by_token=None,
     logits=True,
+    variant=None,
+    extra=None,
+    options=None,
 ):
     """An SAE folder with config.json, sae.safetensors and index/. Features 0 to 13 follow `rules` in order, 14 is dense,
     15 and 16 are near-duplicates, 17 fires on sequence starts, 18 fires once, 19 is dead; then one per common token, then
@@ -163,14 +166,14 @@ def make_sae(
     towards -= W_U_VD[torch.from_numpy(after)].mean(0)
     W_dec_FD = torch.nn.functional.normalize(towards + 0.02 * torch.from_numpy(rng.normal(size=(n_features, WIDTH))).float() * towards.norm(dim=1).mean(), dim=1)  # fmt: skip
     W_dec_FD[R + 2] = torch.nn.functional.normalize(W_dec_FD[R + 1] + 0.01 * W_dec_FD[R], dim=0)
-    variant = VARIANTS["abs_topk" if signed else "topk"](k=8, d_sae=n_features)
+    variant = variant or VARIANTS["abs_topk" if signed else "topk"](k=8, d_sae=n_features)
     model = lm.manifest_entry()
     config = {
         "site": SITE,
         "model": model,
         "context": {"length": CONTEXT, "prepend_bos": True, "dropped_ids": [0]},
     }
-    sae = SAE(variant, W_dec_FD.clone(), W_dec_FD, torch.zeros(n_features), torch.zeros(WIDTH), config)
+    sae = SAE(variant, W_dec_FD.clone(), W_dec_FD, torch.zeros(n_features), torch.zeros(WIDTH), config, extra, options)
     sae.save(folder)
 
     bounds = np.append(np.arange(0, T, CONTEXT), T).astype(np.int64)
@@ -240,6 +243,31 @@ def trained(tmp_path_factory, language_model):
     sae = sk.train(sk.VARIANTS["topk"](k=8, d_sae=256), store, out=root / "sae", epochs=1, batch=512)
     sk.build_index(sae, store)
     return root / "sae"
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory, language_model):
+    """One SAE per panel of a variant, trained for k = 8: `mutual`, `budgets`, `noisy`."""
+    import torch
+
+    from saekit.variants import FeatureChoice, MutualChoice, Variational
+
+    root, F = tmp_path_factory.mktemp("variants"), 256
+    calibrated = {"threshold_source": "calibration", "calibration_rows": 4096}
+    extra = {"threshold": torch.tensor(0.01)}
+    make_sae(root / "mutual", language_model, tokens=6_000, variant=MutualChoice(k=8), extra=extra, options=calibrated)
+    # budgets of a fifth of the tokens for the first four, of a hundredth of them for the rest
+    budget_F = torch.full((F,), 0.01)
+    budget_F[:4] = 0.2
+    extra = {"threshold": torch.linspace(0.01, 0.1, F), "budget": budget_F}
+    make_sae(
+        root / "budgets", language_model, tokens=6_000, variant=FeatureChoice(k=8), extra=extra, options=calibrated
+    )
+    # σ = 2·e^(ρ/2): 2 for feature 0, e^−2 · 2 for the others; codes are drawn from a gamma distribution of mean 3
+    rho_F = torch.full((F,), -4.0)
+    rho_F[0] = 0
+    make_sae(root / "noisy", language_model, tokens=6_000, signed=True, variant=Variational(k=8, prior_std=2.0), extra={"b_var": rho_F})  # fmt: skip
+    return root
 
 
 @pytest.fixture(scope="session")

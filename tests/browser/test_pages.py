@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from saekit_browser import jobs, state
 from streamlit.testing.v1 import AppTest
@@ -91,7 +92,8 @@ def test_overview(browse, saes):
     assert [m.label for m in app.metric] == ["Features per token", "Silent"]
     # feature 19 and the last 20 never fire: 21 of 256 = 8.2 %
     assert app.metric[1].value == "8.20 %"
-    assert html(app).count("Feature") == 0
+    # links to features are widgets
+    assert not re.search(r"Feature \d", html(app))
     assert len(app.get("page_link")) == 12
 
 
@@ -306,6 +308,88 @@ def test_large_saes_are_matched_once(browse, saes, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "LARGE", 0)
     app = browse(root, "compare", a="plain", b="signed", kind="second")
     assert kept.equals(app.dataframe[0].value) and not any(b.label == "Match the features" for b in app.button)
+
+
+def figure(app: AppTest, name: str) -> dict:
+    """The Plotly figure whose text alternative begins like that."""
+    return next(json.loads(c.proto.spec) for c in app.get("plotly_chart") if c.proto.alt.startswith(name))
+
+
+def subheaders(app: AppTest) -> list[str]:
+    return [e.value for e in app.subheader]
+
+
+def test_norms(browse, saes):
+    app = browse(saes, sae="plain")
+    spec = figure(app, "Scatter of ‖f‖ against ‖x‖ of")
+    points = next(t for t in spec["data"] if t["name"] == "token")
+    # 12,000 tokens, 94 of them BOS without a code; b_dec is 0, so a token on which nothing fires has no ‖f‖
+    left_out = int(app.dataframe[1].value["value"].iloc[-1])
+    assert len(points["text"]) == 12_000 - 94 - left_out and all("<b>" in text for text in points["text"])
+    assert {t["name"] for t in spec["data"]} == {"token", "y = x", "δ = 0.25", "δ = 0.5", "δ = 1"}
+    assert "mean of ‖f‖ / ‖x‖" in words(app.caption) and "normalised per token" not in words(app.caption)
+
+
+def test_tokens_with_many_and_few_features(browse, variants):
+    app = browse(variants, sae="mutual")
+    assert {"Error by features per token", "Threshold and k-th value"} <= set(subheaders(app))
+    assert "Tokens with the most features" in html(app) and "Tokens with the fewest" in html(app)
+    assert "Trained for k = 8; in this index" in words(app.caption) and "calibrated on 4,096 training rows" in words(
+        app.caption
+    )
+    assert "it was trained for: compare this SAE with others of L0" in words(app.warning)
+    spec = figure(app, "Histogram of the 8-th largest code per token")
+    assert spec["layout"]["shapes"][0]["x0"] == pytest.approx(0.01)
+    assert "Density against rank" not in subheaders(app)
+    for text in ("def add(self):\n    return 1", "x"):
+        app = browse(variants, "prompt", sae="mutual", text=text)
+        assert "Features per token" in subheaders(app) and not app.error
+    app = browse(variants, "prompt", "--no-model", sae="mutual")
+    assert "Features per token" in subheaders(app) and "most on a token of this text" in html(app)
+
+
+def test_without_by_token_the_threshold_says_what_to_do(browse, variants, tmp_path):
+    root = tmp_path / "saes"
+    shutil.copytree(variants / "mutual", root / "mutual")
+    manifest = root / "mutual" / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["by_token.safetensors"]
+    manifest.write_text(json.dumps(content))
+    app = browse(root)
+    assert "has no by_token; run saekit index" in words(app.caption) and not app.error
+
+
+def test_budgets(browse, variants):
+    from saekit.feature_index import open_index
+
+    idx = open_index(variants / "budgets")
+    used = idx.column("n") / idx.n_encoded / np.where(np.arange(256) < 4, 0.2, 0.01)
+    under = np.flatnonzero(used < 0.5)
+    app = browse(variants, sae="budgets")
+    assert f"{len(under):,} of 256 features fire less than half of their budget" in words(app.caption)
+    assert {t["name"] for t in figure(app, "Density against rank")["data"]} >= {"measured", "budget"}
+    assert "Threshold and k-th value" not in subheaders(app)
+    app = browse(variants, "features", sae="budgets", flag="under-budget", alive="false", sort="feature", desc="false")
+    assert app.dataframe[0].value["feature"].tolist() == under.tolist()
+    assert app.dataframe[0].value["budget_share"].tolist() == pytest.approx((100 * used[under]).tolist(), rel=1e-5)
+    assert "of it used" in html(browse(variants, "feature", sae="budgets", feature="3"))
+    # an SAE without budgets has no such filter, wherever the address came from
+    app = browse(variants, "features", sae="mutual", flag="under-budget")
+    assert not app.error and "under-budget" not in app.pills(key="flag").options and len(app.dataframe[0].value) > 100
+    app = browse(variants, "feature", sae="mutual", list="flag=under-budget")
+    assert not app.error
+
+
+def test_posterior(browse, variants):
+    app = browse(variants, "feature", sae="noisy", feature="0", view="random")
+    # σ of feature 0 is 2, below which many of its codes are
+    assert "its sign is not sure" in html(app) and "sign unsure on" in html(app) and "± 2.0" in html(app)
+    frame = browse(variants, "features", sae="noisy", sort="feature", desc="false").dataframe[0].value
+    assert frame["std_mean"].tolist()[:2] == pytest.approx([2, 2 * np.exp(-2)], rel=1e-4)
+    assert (frame["kl_mean"] > 0).all()
+    assert not browse(variants, "prompt", sae="noisy", text="# a comment", feature="0").error
+    app = browse(variants, "prompt", "--no-model", sae="noisy", feature="0")
+    assert not app.error
 
 
 def test_features_filter_and_order(browse, saes):

@@ -72,6 +72,9 @@ def make_index(tmp_path):
         W_enc_FD=None,
         variant="topk",
         n_sequences=None,
+        x_ND=None,
+        buffers=None,
+        sae_variant=None,
         site="blocks.0.hook_resid_post",
         **options,
     ):
@@ -106,13 +109,17 @@ def make_index(tmp_path):
                 "fingerprint": "sha256:sae",
             },
         )
+        if buffers is not None:
+            sae.extra, sae.named_buffers = buffers, buffers.items
+        if sae_variant is not None:
+            sae.variant = sae_variant
         (folder / "config.json").write_text(json.dumps(sae.config))
         store = MemoryStore(table, tokenizer, folder)
         special = np.zeros(len(pieces), bool)
         special[0] = pieces[0] == b"<s>"
         vocab = VocabBytes.of(pieces, special) if tokenizer else None
         builder = IndexBuilder(sae, store, folder, vocab=vocab, n_sequences=n_sequences, **options)
-        x_ND = rng.standard_normal((N, D)).astype(np.float32)
+        x_ND = rng.standard_normal((N, D)).astype(np.float32) if x_ND is None else x_ND
         xhat_ND = dense_NF @ W_dec_FD.numpy() + 1
         positions = np.flatnonzero(encoded_N)
         for lo in range(0, len(positions), chunk):

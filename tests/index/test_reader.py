@@ -404,3 +404,192 @@ def test_a_map_outlives_a_rebuild(make_index, tmp_path):
 def test_index_folder_can_be_moved(small, tmp_path):
     shutil.move(small.path.parent, tmp_path / "elsewhere")
     assert open_index(tmp_path / "elsewhere").feature(0).n == 5
+
+
+# the SAE as a whole
+
+
+def test_norms(make_index):
+    """‖f‖ has ‖b_dec‖ as a coordinate: b_dec is all ones, D = 4, so 2; decoder rows have norm 1, 1 and 2."""
+    W_dec_FD = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0]])
+    dense_NF = np.zeros((5, 3), np.float32)
+    dense_NF[1, 0], dense_NF[2, :2], dense_NF[3, 2], dense_NF[4, 2] = 1, (3, 6), 2, 2
+    x_ND = np.zeros((5, 4), np.float32)
+    x_ND[:, 0] = [2, 2, 14, 4, 0]
+    idx = make_index(dense_NF, x_ND=x_ND, D=4, W_dec_FD=W_dec_FD).index
+    found = idx.norms()
+    # √(0+4), √(1+4), √(9+36+4), √(16+4); the last token has no norm
+    assert found.positions.tolist() == [0, 1, 2, 3] and found.undefined == 1 and not found.constant
+    assert found.code == pytest.approx([2, 5**0.5, 7, 20**0.5]) and found.x.tolist() == [2, 2, 14, 4]
+    # ‖x‖²/‖f‖² − 1: 0, 4/5 − 1 = −0.2, 196/49 − 1 = 3, 16/20 − 1 = −0.2
+    assert found.inside == {0.25: 0.75, 0.5: 0.75, 1.0: 0.75} and found.under == 0.25
+    assert found.ratio == pytest.approx((1 + 5**0.5 / 2 + 0.5 + 20**0.5 / 4) / 4)
+    assert found.median == pytest.approx((1 + 5**0.5 / 2) / 2) and found.eps_lbo == pytest.approx(0.2 / 2)
+    assert len(idx.norms(2).x) <= 2
+
+
+def test_norms_of_normalised_inputs_and_of_nothing(make_index, tmp_path):
+    x_ND = np.full((30, 6), 0.5, np.float32)
+    assert make_index(np.ones((30, 2)), x_ND=x_ND).index.norms().constant
+    folder = tmp_path / "silent"
+    found = make_index(np.zeros((9, 2)), x_ND=np.zeros((9, 6), np.float32), folder=folder).index.norms()
+    assert not len(found.x) and found.undefined == 9 and np.isnan(found.ratio)
+
+
+def test_crowd(random_index):
+    idx, l0 = random_index.index, (random_index.dense_NF != 0).sum(1)
+    found = idx.crowd(4)
+    encoded = random_index.encoded_N
+    assert found.counts.tolist() == np.bincount(l0[encoded]).tolist()
+    assert found.mean == pytest.approx(l0[encoded].mean()) and idx.adaptive
+    for side, best in ((found.most, max), (found.fewest, min)):
+        values = [int(c.features[c.example.centre]) for c in side]
+        # the best of each sequence, the best sequences first
+        of_sequence = [best(l0[encoded & (random_index.seq_N == s)]) for s in np.unique(random_index.seq_N[encoded])]
+        assert values == sorted(of_sequence, reverse=best is max)[:4]
+        assert len({c.example.sequence for c in side}) == 4
+        assert all((c.features == l0[c.example.positions]).all() for c in side)
+    # every token in one group, groups apart, quartiles of the relative error
+    error = ((random_index.x_ND - random_index.xhat_ND) ** 2).sum(1) / (random_index.x_ND**2).sum(1)
+    assert sum(g.tokens for g in found.error) == encoded.sum()
+    assert all(a.high < b.low for a, b in zip(found.error, found.error[1:], strict=False))
+    for g in found.error:
+        mine = error[encoded & (l0 >= g.low) & (l0 <= g.high)]
+        assert len(mine) == g.tokens
+        assert (g.q25, g.median, g.q75) == pytest.approx(tuple(np.quantile(mine, (0.25, 0.5, 0.75))), rel=1e-4)
+
+
+def test_a_row_rule_that_rarely_finds_too_few_is_not_adaptive(make_index, tmp_path):
+    dense_NF = np.ones((200, 4), np.float32)
+    dense_NF[7, 2:] = 0
+    made = make_index(dense_NF)
+    assert made.index.manifest["ragged"] and not made.index.adaptive
+    dense_NF[:100, 3] = 0
+    assert make_index(dense_NF, folder=tmp_path / "ragged").index.adaptive
+
+
+def test_kth_values(random_index):
+    size = np.sort(np.abs(random_index.dense_NF[random_index.encoded_N]), axis=1)[:, ::-1]
+    for k in (1, 3, 12):
+        found = random_index.index.kth_values(k)
+        wanted = size[:, k - 1]
+        assert found.values == pytest.approx(wanted[wanted > 0], rel=1e-3)
+        assert found.short == pytest.approx((wanted == 0).mean())
+
+
+def test_snippets(small):
+    got = small.snippets(np.array([0, 3, 9, 10, 19]), 2, 1)
+    # never across the border between 9 and 10
+    assert got == [
+        (b"", b"<s>", b" a"), (b" a b", b" c", b"12"), (b"=x b", b" c", b""), (b"", b"<s>", b" a"), (b" b a", b"12", b""),
+    ]  # fmt: skip
+
+
+def trained(idx, training=None, **options):
+    config = json.loads((idx.path.parent / "config.json").read_text())
+    config |= {"options": options, "provenance": {"training": training or {}}}
+    (idx.path.parent / "config.json").write_text(json.dumps(config))
+    return open_index(idx.path)
+
+
+def test_aim(make_index):
+    dense_NF = np.zeros((100, 4), np.float32)
+    dense_NF[:, 0] = dense_NF[:, 1] = 1
+    dense_NF[:3, 2] = 1
+    idx = make_index(dense_NF).index
+    # 203 firings on 100 tokens
+    calibrated = {"threshold_source": "calibration", "calibration_rows": 5000}
+    assert idx.aim() is None
+    aim = trained(idx, k=2, **calibrated).aim()
+    assert (aim.found, aim.off, aim.threshold) == (2.03, pytest.approx(0.015), None) and aim.warning == ""
+    assert str(aim) == (
+        "Trained for k = 2; in this index 2.0 features fire per token (+1.5 %). "
+        "One threshold per feature, calibrated on 5,000 training rows."
+    )
+    dense_NF[:8, 2] = 1
+    idx = make_index(dense_NF, folder=idx.path.parent).index
+    # 208: 4 % more than 2, which a calibrated threshold must not have, and a penalty may
+    write_tensors(idx.path.parent / "sae.safetensors", {"threshold": np.array([0.25], np.float32)})
+    aim = trained(idx, k=2, **calibrated).aim()
+    assert (
+        "Threshold θ = 0.25, calibrated" in str(aim)
+        and "2.1 features fire per token, 4 % more than the 2" in aim.warning
+    )
+    running = trained(idx, k=3, threshold_source="running average").aim()
+    assert "a running average of training, not calibrated" in str(running) and "31 % less than the 3" in running.warning
+    aim = trained(idx, {"l0": 2.0, "l1": None}).aim()
+    assert aim.warning == "" and str(aim).startswith("Trained for L0 = 2, by the weight of its penalty")
+    assert "17 % less" in trained(idx, {"l0": 2.5, "l1": None}).aim().warning
+    # λ set by hand aims at nothing, but for the loss that names its target
+    assert trained(idx, {"l0": 2.0, "l1": 0.1}).aim() is None
+    assert trained(idx, {"l0": 2.0, "l1": 0.1, "l0_loss": "target"}).aim() is not None
+
+
+def test_ranks_and_budgets(make_index):
+    """Feature j − 1 fires on every j-th token: density 1/j, so α = 1; its budget is 1.9 times that for odd j, 3 times for even."""
+    N, F = 4000, 60
+    dense_NF = (np.arange(N)[:, None] % np.arange(1, F + 1) == 0).astype(np.float32)
+    times = torch.tensor([1.9 if j % 2 else 3.0 for j in range(1, F + 1)])
+    budget_F = times * torch.from_numpy(dense_NF.mean(0))
+    idx = make_index(dense_NF, buffers={"budget": budget_F, "threshold": torch.arange(F, dtype=torch.float32)}).index
+    law = idx.law()
+    assert law.rank[0] == 1 and law.rank[-1] == F and law.density[-1] == pytest.approx(1 / F, rel=0.02)
+    _, alpha, _ = law.law
+    assert alpha == pytest.approx(1, abs=0.05) and law.fitted == pytest.approx(law.density, rel=0.1)
+    # 1.9 · 1 for j = 1, 3 · ½ for j = 2
+    assert law.budget[0] == pytest.approx(1.9) and (np.diff(law.budget) <= 0).all()
+    under = np.arange(1, F, 2)
+    assert law.under == len(under) and idx.table("feature", flag="under-budget").features.tolist() == under.tolist()
+    assert idx.column("budget_share")[:2] == pytest.approx([1 / 1.9, 1 / 3])
+    assert idx.table(budget_share=(0.5, None), limit=None).features.size == F - len(under)
+
+
+def test_without_budgets(small, make_index, tmp_path):
+    assert not small.has_budgets and small.law().budget is None and small.law().law is None
+    # feature 3 never fires
+    assert small.law().density.tolist() == pytest.approx([7 / 18, 5 / 18, 1 / 18, np.nan], nan_ok=True)
+    with pytest.raises(SaekitError, match="no flag under-budget; known are dead"):
+        small.table(flag="under-budget")
+    with pytest.raises(SaekitError, match="no column budget_share"):
+        small.column("budget_share")
+    # budgets that never came into force: all alike, and so are the thresholds
+    start = {"budget": torch.full((4,), 0.5), "threshold": torch.full((4,), 0.1)}
+    assert not make_index(np.eye(4), buffers=start, folder=tmp_path / "start").index.has_budgets
+    uniform = {"budget": torch.full((4,), 0.5), "threshold": torch.arange(4.0)}
+    assert make_index(np.eye(4), buffers=uniform, folder=tmp_path / "uniform").index.has_budgets
+
+
+def test_posterior(make_index, tmp_path):
+    from saekit.variants import Variational
+
+    dense_NF = np.zeros((20, 3), np.float32)
+    dense_NF[::2, 0] = 2
+    dense_NF[:5, 1] = [-0.5, 0.5, 3, -3, 3]
+    rho_F = torch.tensor([float(np.log(0.25)), float(np.log(0.25)), 9.0])
+    made = make_index(
+        dense_NF, signed=True, buffers={"b_var": rho_F}, sae_variant=Variational(k=2, prior_std=2.0, d_sae=3)
+    )
+    idx = made.index
+    # σ = 2·√¼ = 1; KL = ½(2²/2² + ¼ − 1 − log ¼); the third ρ is cut to 2, and never fires
+    assert idx.has_std and idx.column("std_mean") == pytest.approx([1, 1, 2 * np.e])
+    assert idx.column("kl_mean")[0] == pytest.approx(0.5 * (0.25 + np.log(4))) and np.isnan(idx.column("kl_mean")[2])
+    f = idx.feature(1)
+    assert f.std == 1 and f.uncertain == pytest.approx(2 / 5) and np.isnan(idx.feature(2).uncertain)
+    assert f.top(1)[0].std.tolist() == [1.0 if c else 0.0 for c in f.top(1)[0].codes]
+    # noise that depends on the input is not a feature's own, and a fixed one needs no tensor
+    other = make_index(dense_NF, signed=True, buffers={"b_var": rho_F, "W_var": torch.zeros(3, 6)}, sae_variant=Variational(k=2, prior_std=2.0, variance="input"), folder=tmp_path / "input").index  # fmt: skip
+    assert not other.has_std and other.feature(1).std is None and other.window(3, feature=1).std is None
+    fixed = make_index(dense_NF, signed=True, buffers={}, sae_variant=Variational(k=2, prior_std=2.0, variance="fixed", log_var_init=0.0), folder=tmp_path / "fixed").index  # fmt: skip
+    assert fixed.column("std_mean").tolist() == [2, 2, 2]
+
+
+def test_ends_of_a_crowd_with_more_equals_than_are_looked_at(random_index, monkeypatch):
+    from saekit.feature_index import per_token
+
+    whole = random_index.index.crowd(4)
+    monkeypatch.setattr(per_token, "CANDIDATES", 20)
+    few = random_index.index.crowd(2)
+    for side in ("most", "fewest"):
+        a, b = ([int(c.features[c.example.centre]) for c in getattr(x, side)] for x in (few, whole))
+        # the extreme itself is always among them; here 20 tokens are looked at, and as many that equal the last
+        assert a[0] == b[0] and len(a) == 2

@@ -177,6 +177,73 @@ def test_stacked_splits_at_the_trigger(make_index):
     assert len(example.tokens) == 11 and left.count("w") == 5
 
 
+def test_codes_with_a_standard_deviation():
+    got = render.tokens_html([b"def", b" add", b"("], [0, 1.5, -3.0], 3.0, positions=range(3), std=[0, 2.0, 2.0])
+    # 1.5 lies below its standard deviation, 3 above
+    assert got == (
+        f'def<b class="p4"{render.HATCH} title="1.50 ± 2.00, its sign is not sure, 50 % of max, token 1"> add</b>'
+        '<b class="n8 m" title="−3.00 ± 2.00, 100 % of max, token 2">(</b>'
+    )
+    # of several tokens that are one character the strongest code decides
+    assert render.HATCH not in render.tokens_html([b"\xe2", b"\x82\xac"], [1, -3.0], 3.0, std=[2, 2])
+
+
+def test_counts_of_features():
+    got = render.counts_html(
+        [b"a", b" b", b"\n", b"c", b"<"], [0, 1, 8, 0, 3], 8, first=100, encoded=[True] * 3 + [False, True]
+    )
+    # 1 of 8 is the first step, 3 of 8 the third; the token with most is marked
+    assert got == (
+        'a<b class="p1" title="1 feature, token 101"> b</b><b class="p8 m" title="8 features, token 102">↵</b>'
+        '<i class="s" title="no code was computed here">c</i><b class="p3" title="3 features, token 104">&lt;</b>'
+    )
+    assert render.counts_html([b"a", b"b\n  "], [2, 2], 2, breaks=True).endswith(">b↵\n␣␣</b>")
+    assert render.counts_html([], [], 0) == ""
+
+
+def test_counted_tokens_start_with_their_number(make_index):
+    idx = hostile_index(make_index)
+    found = idx.crowd(3)
+    markup = render.counted_html(found.most, 3, title="<Most>")
+    read = Reader(markup)
+    assert read.elements <= ELEMENTS and "<Most>" in read.text
+    # one sequence, so one line; its centre has the most features
+    assert markup.startswith('<div><h3>&lt;Most&gt;</h3><div class="x"><i>3</i><div><i>▏</i>')
+    assert markup.count(' m"') == 1 and any(t.startswith("3 features, token ") for t in read.titles)
+
+
+def test_text_of_plots():
+    assert render.plot_text("<a href='x'>\"&") == "&lt;a href='x'>\"&".replace(">", "&gt;").replace('"&', '"&amp;')
+    assert render.hover_text(b"x\n", b"<b>", b"\xff" * 50) == "x↵<b>&lt;b&gt;</b>" + "\\xff" * 40
+
+
+def test_a_whole_number_of_the_legend_stays_one():
+    assert "1,234 = most" in render.legend_html(1234, False, "most") and "51.0 = x" in render.legend_html(
+        51.0, False, "x"
+    )
+
+
+def test_numbers_of_some_variants(make_index, tmp_path):
+    import torch
+
+    from saekit.variants import Variational
+
+    dense_NF = np.zeros((40, 2), np.float32)
+    dense_NF[:10, 0] = [1, -1, 1, -1, 3, -3, 3, -3, 3, 3]
+    noisy = make_index(dense_NF, signed=True, buffers={"b_var": torch.zeros(2)}, sae_variant=Variational(k=1, prior_std=2.0)).index  # fmt: skip
+    # four of ten codes are below σ = 2·e⁰
+    shown = render.numbers_html(noisy.feature(0))
+    assert "sign unsure on 40.0 %" in shown and "nats per firing" in shown and shown.count("<b>2.00</b>") == 1
+    assert render.HATCH in noisy.feature(0).html("random") and "±" not in render.numbers_html(noisy.feature(0))
+    dead = render.numbers_html(noisy.feature(1))
+    assert "sign unsure on –" in dead and "<b>–</b>" in dead
+    budgets = {"budget": torch.tensor([0.5, 0.01]), "threshold": torch.tensor([0.1, 0.2])}
+    given = make_index(np.abs(dense_NF), buffers=budgets, folder=tmp_path / "budgets").index
+    # fires on 10 of 40 tokens
+    assert "<b>50.0 %</b>" in render.numbers_html(given.feature(0)) and "50.0 % of it used" in render.numbers_html(given.feature(0))  # fmt: skip
+    assert "nats" not in render.numbers_html(given.feature(0))
+
+
 # numbers
 
 

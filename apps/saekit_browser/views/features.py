@@ -17,12 +17,14 @@ def page():
     idx = state.index()
     state.enter("features")
     st.title("Features", anchor=False)
-    controls()
+    # another SAE may have no budgets
+    st.session_state.flag = [name for name in st.session_state.flag or () if name in state.flags(idx)]
+    controls(idx)
     state.leave("features")
     rows(idx)
 
 
-def controls():
+def controls(idx):
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
             "Search",
@@ -38,7 +40,7 @@ def controls():
         st.toggle("Largest first", key="desc", persist_state="session")
         st.toggle("Hide silent", key="alive", persist_state="session")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium", key="filters"):
-        st.pills("Only", state.FLAGS, selection_mode="multi", key="flag", persist_state="session")
+        st.pills("Only", state.flags(idx), selection_mode="multi", key="flag", persist_state="session")
         st.segmented_control("Labels", state.LABELLED, required=True, key="label", persist_state="session")
         for key, label in (("dmin", "Density from"), ("dmax", "to")):
             st.number_input(
@@ -85,6 +87,8 @@ def rows(idx):
         frame.insert(list(frame.columns).index("n") + 1, "positive", n_pos)
     frame["density"] *= 100
     frame["energy"] *= 100
+    if idx.has_budgets:
+        frame["budget_share"] *= 100
     if hits:
         found = [hits[j] for j in few.tolist()]
         frame.insert(3, "found", [h.where for h in found])
@@ -108,8 +112,9 @@ def rows(idx):
 
 def columns(idx) -> tuple[str, ...]:
     logits = ("up", "down") if idx.has_logits else ()
+    own = (*(("budget_share",) if idx.has_budgets else ()), *(("std_mean", "kl_mean") if idx.has_std else ()))
     return (
-        "bookmarked", "feature", "label", "density", "n", "bar", "top_text", "top_token_share", *logits,
+        "bookmarked", "feature", "label", "density", "n", *own, "bar", "top_text", "top_token_share", *logits,
         "token_entropy", "energy", "max_dec_cos", "flags_text",
     )  # fmt: skip
 
@@ -147,6 +152,13 @@ def configuration() -> dict:
         "energy": c.NumberColumn("Energy %", format="%.2f", width=90, help="Share of Σ a²‖d‖² over all features"),
         "max_dec_cos": c.NumberColumn(
             "Nearest", format="%.2f", width=80, help="Largest cosine with another decoder row, of signed codes by size"
+        ),
+        "budget_share": c.NumberColumn("Budget used %", format="%.0f", width=110, help="Density / budget"),
+        "std_mean": c.NumberColumn(
+            "Std", format="%.3g", width=70, help="Standard deviation of the posterior of its code"
+        ),
+        "kl_mean": c.NumberColumn(
+            "KL, nats", format="%.2f", width=80, help="Of the posterior from the prior, mean per firing"
         ),
         "flags_text": c.TextColumn("Flags", width="medium"),
     }

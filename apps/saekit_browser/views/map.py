@@ -87,7 +87,7 @@ def plot(idx) -> list[int]:
 def names(idx, numbers: np.ndarray) -> list[str]:
     """Number and label, escaped: Plotly reads a few tags in hover text."""
     labels = {j: entry.label for j, entry in idx.labels.all().items() if entry.label}
-    return [render.escape(f"{j:,} {labels.get(j, '')}".strip()) for j in numbers.tolist()]
+    return [render.plot_text(f"{j:,} {labels.get(j, '')}".strip()) for j in numbers.tolist()]
 
 
 def chosen(idx, picked: list[int]):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import plotly.graph_objects as go
 import streamlit as st
-from saekit_browser import state
+from saekit_browser import panels, state
 
 from saekit.errors import SaekitError
 from saekit.feature_index import render
@@ -32,8 +32,9 @@ def page():
     with left:
         spectrum(idx)
     with right:
-        crowd(idx)
+        panels.crowd(idx)
     worth_a_look(idx)
+    panels.variant(idx)
     with top:
         health(idx)
     provenance(idx)
@@ -143,31 +144,6 @@ def spectrum(idx):
     if event.selection.points:
         point = event.selection.points[0]["point_index"]
         state.follow(state.FEATURES, dmin=repr(float(low[point])), dmax=repr(float(high[point])))
-
-
-def crowd(idx):
-    st.subheader("Features per token", anchor=False)
-    encoded = idx.file("tokens")["encoded"]
-    counts = np.bincount(idx.features_per_token[encoded])
-    width = max(1, -(-len(counts) // 64))
-    binned = np.add.reduceat(counts, np.arange(0, len(counts), width))
-    figure = go.Figure(
-        go.Bar(
-            x=np.arange(len(binned)) * width + (width - 1) / 2,
-            y=binned,
-            width=width * 0.92,
-            marker_color=COLOUR,
-            hovertemplate="%{y:,} tokens with %{x:.0f} features<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title="features that fire", rangemode="tozero")
-    figure.update_yaxes(title="tokens")
-    figure.update_layout(height=290, margin={"l": 0, "r": 0, "t": 8, "b": 0}, bargap=0)
-    st.plotly_chart(
-        figure, key=f"crowd-{idx.name}", config={"displayModeBar": False}, alt="Histogram of features per token"
-    )
-    mean = float(counts @ np.arange(len(counts)) / max(1, counts.sum()))
-    st.caption(f"Mean {mean:.1f} over {int(counts.sum()):,} tokens.")
 
 
 # where to begin

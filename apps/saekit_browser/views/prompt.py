@@ -31,6 +31,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       span.style.background = `rgb(${u.step > 0 ? "230 97 1" : "67 147 195"} / ${Math.abs(u.step) / 10})`
       span.className = "on"
     }
+    if (u.unsure) span.style.backgroundImage = "repeating-linear-gradient(135deg, #0000 0 3px, #8886 3px 5px)"
     if (u.faint) span.className = "faint"
     if (u.token <= data.chosen && data.chosen < u.end) span.className += " chosen"
     span.setAttribute("role", "button")
@@ -107,6 +108,7 @@ def prompt(idx):
         for side, place in enumerate(st.columns(len(texts), gap="medium")):
             with place:
                 tokens(idx, texts, side, feature)
+                strip(idx, texts[side])
                 errors(texts[side])
                 small_multiples(idx, texts[side], effects)
     with right:
@@ -295,6 +297,7 @@ def tokens(idx, texts: list[EncodedText], side: int, feature: int | None):
     codes = all_codes[side]
     scale = idx.feature(feature).max if feature is not None else 0.0
     scale = max(scale, *(float(np.abs(c).max(initial=0)) for c in all_codes))
+    std = idx.feature(feature).std if feature is not None else None
     error, units = text.error_share, []
     for a, b in render.units(text.pieces):
         at = a + int(np.abs(codes[a:b]).argmax())
@@ -302,9 +305,10 @@ def tokens(idx, texts: list[EncodedText], side: int, feature: int | None):
         step = render.step(code, scale) if code else ""
         # white space is laid out as it is, with a mark where a line ends
         shown = render.visible(b"".join(text.pieces[a:b])).replace("␣", " ").replace("↵", "↵\n")
+        spread = f" ± {render.number(std)}" if std is not None else ""
         title = (
             f"token {a:,}"
-            + (f" · {render.number(code)}" if code else "")
+            + (f" · {render.number(code)}{spread}" if code else "")
             + f" · {int(text.l0[a])} features · error {render.percent(float(error[a]))}"
         )
         units.append(
@@ -314,6 +318,7 @@ def tokens(idx, texts: list[EncodedText], side: int, feature: int | None):
                 "token": a,
                 "end": b,
                 "step": int(step[1:]) * (1 if step[0] == "p" else -1) if step else 0,
+                "unsure": bool(code and std is not None and abs(code) < std),
                 "faint": bool(text.special[a] or not text.encoded[a]),
             }
         )
@@ -350,6 +355,19 @@ def errors(text: EncodedText):
         st.html(
             render.fragment(f'<p class="q">{render.escape(said)}</p>{legend}<div class="t">{line}</div>'),
         )
+
+
+def strip(idx, text: EncodedText):
+    """How many features fire on each token, where that differs from token to token."""
+    if not idx.adaptive:
+        return
+    most = int(text.l0[text.encoded].max(initial=0))
+    st.subheader("Features per token", anchor=False)
+    shown = render.counts_html(text.pieces, text.l0.tolist(), most, special=text.special.tolist(), encoded=text.encoded.tolist(), breaks=True)  # fmt: skip
+    legend = render.legend_html(most, False, "most on a token of this text")
+    mean = float(text.l0[text.encoded].mean()) if text.encoded.any() else 0.0
+    said = f'<p class="q">mean {mean:.1f}; the text comes to {int(text.l0.sum()):,} firings</p>'
+    st.html(render.fragment(f'<div class="t">{shown}</div>{legend}{said}'))
 
 
 def chosen_token(texts: list[EncodedText]) -> tuple[int, int] | None:
@@ -456,8 +474,9 @@ def small_multiples(idx, text: EncodedText, effects: state.Effects | None):
         codes = text.codes_of(j)
         at = int(np.abs(codes).argmax())
         lo, hi = (0, len(text)) if len(text) <= 60 else (max(0, at - 40), min(len(text), at + 20))
+        std = idx.feature(j).std
         line = render.tokens_html(
-            text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist()
+            text.pieces[lo:hi], codes[lo:hi].tolist(), max(idx.feature(j).max, float(np.abs(codes).max())), special=text.special[lo:hi].tolist(), encoded=text.encoded[lo:hi].tolist(), std=None if std is None else [std] * (hi - lo)
         )  # fmt: skip
         lines.append(
             f'<div class="x"><i>{j:,}</i><div>{line}<p class="q">{render.escape(state.about(idx, j))}</p></div></div>'
