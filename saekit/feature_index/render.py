@@ -553,6 +553,25 @@ def token_table_html(tokens: Sequence, k: int = 10, *, title: str = "Tokens it f
     return f"<div><h3>{escape(title)}</h3><table>{head}{rows}</table></div>"
 
 
+def rows_html(names: Sequence[str], columns: Sequence[Sequence], n: int, most: int = 50) -> str:
+    """A plain table of `n` rows, of which the first `most` are shown; columns of more than one dimension are left out."""
+    shown = [(name, column) for name, column in zip(names, columns, strict=True) if getattr(column, "ndim", 1) == 1]
+    head = "".join(f"<th>{escape(name)}</th>" for name, _ in shown)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(c[i])}</td>" for _, c in shown) + "</tr>" for i in range(min(n, most)))
+    more = f'<p class="q">{n:,} rows, {most} are shown</p>' if n > most else ""
+    return fragment(f"<table><tr>{head}</tr>{body}</table>{more}")
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else ""
+    if isinstance(value, int | np.integer):
+        return f"{int(value):,}"
+    return "" if math.isnan(value) else number(float(value))
+
+
 def neighbours_html(neighbours: Sequence, kind: str = "decoder", k: int = 10) -> str:
     """Nearest features with cosine (or NPMI) and label."""
     title, value = {

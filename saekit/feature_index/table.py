@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from saekit.feature_index import render
 from saekit.feature_index.format import ABSENT, FLAGS
 from saekit.feature_index.labels import Entry
 
@@ -84,6 +85,9 @@ class FeatureTable:
                 "'" + v if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row.values()
             )
         return out.getvalue()
+
+    def _repr_html_(self) -> str:
+        return render.rows_html(self.names, [self.column(name) for name in self.names], len(self))
 
     def __repr__(self) -> str:
         return f"FeatureTable({len(self):,} features, columns {', '.join(self.names)})"

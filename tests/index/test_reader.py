@@ -593,3 +593,15 @@ def test_ends_of_a_crowd_with_more_equals_than_are_looked_at(random_index, monke
         a, b = ([int(c.features[c.example.centre]) for c in getattr(x, side)] for x in (few, whole))
         # the extreme itself is always among them; here 20 tokens are looked at, and as many that equal the last
         assert a[0] == b[0] and len(a) == 2
+
+
+def test_a_table_draws_itself(make_index):
+    dense_NF = np.zeros((40, 60), np.float32)
+    dense_NF[::2, :59] = 1.0
+    idx = make_index(dense_NF).index
+    idx.feature(3).label = "<script>"
+    drawn = idx.table("feature", columns=("feature", "label", "n", "density", "bar"))._repr_html_()
+    assert "<td>3</td><td>&lt;script&gt;</td><td>20</td>" in drawn and "<script>" not in drawn
+    # fifty rows of sixty, and no column of histograms
+    assert drawn.count("<tr>") == 51 and "60 rows, 50 are shown" in drawn and "bar</th>" not in drawn
+    assert "<td></td>" in idx.table("-feature", columns=("q50",))._repr_html_()
