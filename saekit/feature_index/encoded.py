@@ -109,9 +109,9 @@ def stored_text(index: "FeatureIndex", positions: np.ndarray) -> EncodedText:
 
 def gather(array: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
     """array[begin[i] : begin[i] + length[i]] for all i, joined."""
-    total = int(length.sum())
-    shift = np.repeat(begin - (np.cumsum(length) - length), length)
-    return array[np.arange(total) + shift]
+    place = np.repeat(begin - (np.cumsum(length) - length), length)
+    place += np.arange(len(place))
+    return np.take(array, place)
 
 
 def encode_text(index: "FeatureIndex", text: str, *, sae=None, lm=None) -> EncodedText:

@@ -315,10 +315,10 @@ class Feature:
             hit = fired[np.minimum(where, len(fired) - 1)] == at
             silent.append(at[~hit & table["encoded"][at]])
         at = np.sort(np.concatenate(silent)) if silent else np.zeros(0, np.uint32)
-        starts = table["seq_start"]
-        own = np.unique(np.searchsorted(starts, fired.astype(np.int64), side="right"))
-        sequence = np.searchsorted(starts, at.astype(np.int64), side="right")
-        shared = np.isin(sequence, own)
+        # searched from the side of the sequences, which are few
+        starts = table["seq_start"].astype(np.uint32)
+        own = np.diff(np.searchsorted(fired, starts)) > 0
+        shared = np.repeat(own, np.diff(np.searchsorted(at, starts)))
         first = at[shared]
         chosen = first[spread(len(first), k, self.number)]
         rest = at[~shared]

@@ -371,7 +371,8 @@ class FeatureIndex:
         if self.has_by_token:
             table = self.file("by_token")
             counts = np.zeros(len(self), np.int64)
-            for part in np.array_split(positions, max(1, len(positions) // 500_000)):
+            # parts that stay in the cache, in memory that is used again, and are long beside one count per feature
+            for part in np.array_split(positions, max(1, len(positions) // max(4096, len(self) // 8))):
                 begin, end = table["start"][part], table["start"][part + 1]
                 counts += np.bincount(gather(table["feature"], begin, end - begin), minlength=len(self))
             return counts

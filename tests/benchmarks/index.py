@@ -157,7 +157,6 @@ def page_data(index: FeatureIndex, j: int):
     f.logits(20)
     for kind in ("decoder", "encoder", "together"):
         f.neighbours(kind, 20)
-    return f.to_dict()
 
 
 def read(index: FeatureIndex):
