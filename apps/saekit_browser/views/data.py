@@ -176,7 +176,7 @@ def files(path: Path):
         hide_index=True,
         height="content",
         key="files",
-        column_config={"bytes": st.column_config.NumberColumn("Bytes", format="localized")},
+        column_config={"bytes": st.column_config.NumberColumn("bytes", format="localized")},
         alt="Files of the SAE folder",
     )
 

@@ -47,9 +47,9 @@ def page():
             height="content",
             key=f"tier-{tier}",
             column_config={
-                "value": st.column_config.TextColumn("Value", width=90),
+                "value": st.column_config.TextColumn("value", width=90),
                 "± 95 %": st.column_config.TextColumn(width=80),
-                "tokens": st.column_config.NumberColumn("Tokens", format="localized", width=100),
+                "tokens": st.column_config.NumberColumn("tokens", format="localized", width=100),
             },
             alt=f"Metrics of tier {tier}",
         )

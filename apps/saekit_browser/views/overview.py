@@ -97,7 +97,7 @@ def cards(*rows: tuple[str, str, str | None, str]):
                 delta_arrow="off",
                 help=explained,
                 border=True,
-                width=215,
+                width=210,
                 height="stretch",
             )
 
