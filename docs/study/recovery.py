@@ -23,9 +23,7 @@ SHOWN = ("l0", "fvu", "mcc", "coverage", "alive")
 
 
 def arms() -> list:
-    options = {"k": 8, "lr": RATE}
-    both = [v(d_sae=F, **options) for v in (sk.TopK, sk.AbsTopK) for F in (512, 1024)]
-    return [*both, sk.MutualChoice(d_sae=1024, **options), *(sk.FeatureChoice(d_sae=F, **options) for F in (512, 1024))]
+    return [v(d_sae=F, k=8, lr=RATE) for v in (sk.TopK, sk.AbsTopK) for F in (512, 1024)]
 
 
 def found(sae: SAE, truth: Truth) -> float:

@@ -403,3 +403,23 @@ def test_ctrl_c(saes, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(20) == 130
     assert f"http://127.0.0.1:{port}" in log.read_text()
+
+
+MEASURED = """() => ({
+    width: document.querySelector('[data-testid=stMain]').scrollWidth,
+    small: [...document.querySelectorAll('[data-testid=stMain] *')]
+        .filter(e => !e.childElementCount && e.textContent.trim() && !e.closest('svg') && parseFloat(getComputedStyle(e).fontSize) < 13)
+        .map(e => e.textContent),
+    unnamed: [...document.querySelectorAll('[data-testid=stPlotlyChart], [data-testid=stDataFrame]')]
+        .filter(e => !e.getAttribute('aria-label') && !e.querySelector('[aria-label], [role=img], [alt]')).length,
+})"""
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "features", "feature?feature=4", "prompt?text=def", "compare?a=plain&b=signed", "steer?feature=4", "map", "evaluate", "data"],
+)  # fmt: skip
+def test_narrow_legible_and_named(visit, path):
+    """At 900 pixels no page is wider than the window; no text is smaller than 13; every chart and table has a name."""
+    page = visit(f"/{path}{'&' if '?' in path else '?'}sae=plain", width=900)
+    assert page.evaluate(MEASURED) == {"width": 900, "small": [], "unnamed": 0}
